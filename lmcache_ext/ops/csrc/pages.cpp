@@ -1,0 +1,171 @@
+// Copies KV pages between vLLM's paged tensors and rows of host memory.
+//
+// A block is one page in each tensor; in a row its pages lie side by side:
+//
+//     tensors[0] | page 0 | page 1 | page 2 | ...        row:  ... | t0 | t1 | t2 | ...
+//     tensors[1] | page 0 | page 1 | page 2 | ...                  ^ row_offsets[i]
+//     tensors[2] | page 0 | page 1 | page 2 | ...                    pages of block_ids[i]
+//
+// Plain C interface, no state, no allocation: any number of threads may copy at
+// once as long as they write to different bytes. Everything is checked before the
+// first byte moves, so a refused call has copied nothing.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define KVX_EXPORT extern "C" __attribute__((visibility("default")))
+
+struct kvx_tensor {
+  uint8_t* base;         // first byte of block 0
+  int64_t num_blocks;    // blocks in this tensor
+  int64_t block_stride;  // bytes from one block to the next
+  int64_t page_bytes;    // bytes of one block that belong to the page
+};
+
+static_assert(sizeof(kvx_tensor) == 32, "ops/table.py passes rows of four int64");
+
+namespace {
+
+constexpr int64_t kLineBytes = 64;
+// 4 KiB: the smallest page measured, and streaming wins from there on in both
+// directions (1.1x at 4 KiB, 1.7x from 128 KiB; EPYC Milan; benchmarks/copy.py).
+constexpr int64_t kStreamFromBytes = 4096;
+
+enum class Direction { kGather, kScatter };
+
+bool tensor_is_sound(const kvx_tensor& t) {
+  int64_t end = 0;
+  return t.num_blocks > 0 && t.block_stride >= 0 && t.page_bytes > 0 &&
+         (t.page_bytes <= t.block_stride || t.num_blocks == 1) &&
+         !__builtin_mul_overflow(t.num_blocks, t.block_stride, &end);
+}
+
+// 0 if every copy stays inside its buffers; otherwise -(1 + i) for the first bad
+// block i, or -(1 + num_blocks + j) for the first bad tensor j.
+int64_t first_violation(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
+                        const int64_t* row_offsets, int64_t num_blocks, int64_t rows_bytes) {
+  int64_t fewest_blocks = INT64_MAX;
+  int64_t block_bytes = 0;
+  for (int32_t j = 0; j < num_tensors; ++j) {
+    if (!tensor_is_sound(tensors[j]) ||
+        __builtin_add_overflow(block_bytes, tensors[j].page_bytes, &block_bytes)) {
+      return -(1 + num_blocks + j);
+    }
+    if (tensors[j].num_blocks < fewest_blocks) fewest_blocks = tensors[j].num_blocks;
+  }
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const bool inside = block_ids[i] >= 0 && block_ids[i] < fewest_blocks && row_offsets[i] >= 0 &&
+                        row_offsets[i] <= rows_bytes - block_bytes;
+    if (!inside) return -(1 + i);
+  }
+  return 0;
+}
+
+#if defined(__x86_64__)
+// Copies past the cache: a row is not read again soon, and a store that need not
+// first fetch the line it overwrites leaves the memory bus to the copy.
+void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  const auto head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLineBytes);
+  std::memcpy(to, from, static_cast<size_t>(head));
+  to += head, from += head, bytes -= head;
+  for (; bytes >= kLineBytes; to += kLineBytes, from += kLineBytes, bytes -= kLineBytes) {
+    const auto* source = reinterpret_cast<const __m128i*>(from);
+    auto* target = reinterpret_cast<__m128i*>(to);
+    const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+    const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+    _mm_stream_si128(target, a), _mm_stream_si128(target + 1, b);
+    _mm_stream_si128(target + 2, c), _mm_stream_si128(target + 3, d);
+  }
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void copy_run(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  if (bytes < kStreamFromBytes) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    return;
+  }
+  stream(to, from, bytes);
+}
+
+// Streamed stores are weakly ordered: whoever learns that the copy is done must see it.
+void publish() { _mm_sfence(); }
+#else
+void copy_run(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void publish() {}
+#endif
+
+// One run of bytes that is contiguous on both sides; neighbours are joined into it.
+struct Run {
+  uint8_t* to = nullptr;
+  const uint8_t* from = nullptr;
+  int64_t bytes = 0;
+
+  void flush() const {
+    if (bytes > 0) copy_run(to, from, bytes);
+  }
+
+  void append(uint8_t* next_to, const uint8_t* next_from, int64_t next_bytes) {
+    if (next_to == to + bytes && next_from == from + bytes) {
+      bytes += next_bytes;
+      return;
+    }
+    flush();
+    *this = Run{next_to, next_from, next_bytes};
+  }
+};
+
+template <Direction direction>
+int64_t copy_pages(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
+                   const int64_t* row_offsets, int64_t num_blocks, uint8_t* rows,
+                   int64_t rows_bytes) {
+  const int64_t violation =
+      first_violation(tensors, num_tensors, block_ids, row_offsets, num_blocks, rows_bytes);
+  if (violation != 0) return violation;
+  Run run;
+  int64_t copied_bytes = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    uint8_t* in_row = rows + row_offsets[i];
+    for (int32_t j = 0; j < num_tensors; ++j) {
+      uint8_t* page = tensors[j].base + block_ids[i] * tensors[j].block_stride;
+      const int64_t page_bytes = tensors[j].page_bytes;
+      if constexpr (direction == Direction::kGather) {
+        run.append(in_row, page, page_bytes);
+      } else {
+        run.append(page, in_row, page_bytes);
+      }
+      in_row += page_bytes;
+      copied_bytes += page_bytes;
+    }
+  }
+  run.flush();
+  publish();
+  return copied_bytes;
+}
+
+}  // namespace
+
+// Raised with every change of the interface below; ops/pages.py refuses another.
+KVX_EXPORT int32_t kvx_abi() { return 1; }
+
+// Pages -> rows. Returns bytes copied, or what first_violation says.
+KVX_EXPORT int64_t kvx_gather_pages(const kvx_tensor* tensors, int32_t num_tensors,
+                                    const int64_t* block_ids, const int64_t* row_offsets,
+                                    int64_t num_blocks, uint8_t* rows, int64_t rows_bytes) {
+  return copy_pages<Direction::kGather>(tensors, num_tensors, block_ids, row_offsets, num_blocks,
+                                        rows, rows_bytes);
+}
+
+// Rows -> pages; `rows` is only read. Returns as kvx_gather_pages does.
+KVX_EXPORT int64_t kvx_scatter_pages(const kvx_tensor* tensors, int32_t num_tensors,
+                                     const int64_t* block_ids, const int64_t* row_offsets,
+                                     int64_t num_blocks, uint8_t* rows, int64_t rows_bytes) {
+  return copy_pages<Direction::kScatter>(tensors, num_tensors, block_ids, row_offsets, num_blocks,
+                                         rows, rows_bytes);
+}
