@@ -32,7 +32,7 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 // 4 KiB: the smallest page measured, and streaming wins from there on in both
-// directions (1.1x at 4 KiB, 1.7x from 128 KiB; EPYC Milan; benchmarks/copy.py).
+// directions (1.1x at 4 KiB, 1.7x from 128 KiB; EPYC Milan; benchmarks/copy_pages.py).
 constexpr int64_t kStreamFromBytes = 4096;
 
 enum class Direction { kGather, kScatter };
