@@ -1,0 +1,42 @@
+# One word does each thing; CI calls the same words (.ci/run).
+
+PYTHON ?= python3
+PORT ?= 8080
+MODEL ?=
+ARGS ?=
+
+PY := .venv/bin/python
+CODE := runtime lmcache_ext tests benchmarks examples scripts setup.py
+
+.PHONY: setup run test fast e2e bench style types clean
+
+setup:  ## make .venv and install everything for CPU into it; quick when nothing has changed
+	@$(PYTHON) scripts/setup.py
+
+run: setup  ## serve a tiny model, or MODEL=/path, on PORT with ARGS='more flags'
+	@$(PY) scripts/run.py --model='$(MODEL)' --port=$(PORT) $(ARGS)
+
+test: setup  ## every test, the fast ones first
+	$(PY) -m pytest -m "not bench"
+
+fast: setup  ## tests that start no server
+	$(PY) -m pytest -m "not e2e and not bench"
+
+e2e: setup  ## tests that start real servers
+	$(PY) -m pytest -m e2e
+
+bench: setup  ## each benchmark prints its baseline next to it
+	$(PY) benchmarks/copy_pages.py
+	$(PY) benchmarks/ttft.py
+
+style: setup  ## formatting and lint; `.venv/bin/ruff format` mends the first
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m ruff check $(CODE)
+
+types: setup
+	$(PY) -m mypy
+
+clean:  ## remove what was built or cached, but keep .venv
+	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f lmcache_ext/ops/_pages*.so .venv/setup.sha256
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
