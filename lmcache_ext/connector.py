@@ -1,0 +1,350 @@
+"""LMCacheConnectorV1: the class vLLM loads for ``{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}``.
+
+A thin subclass of vLLM's `OffloadingConnector`. It adds the LMCache configuration, containment of
+our own failures (`offload.hooks`), delivery of failed copies, and the counters and log lines that
+tell a user what was reused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from typing_extensions import override
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
+
+from lmcache_ext import namespace
+from lmcache_ext.offload import identity, metrics, settings
+from lmcache_ext.offload.adapters import Adapters
+from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.hooks import Hooks
+from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.report import HitReport, start_line
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.lmcache_ext.connector")
+
+_IDLE_WAIT_S = 0.005  # with nothing to compute, waiting for a short copy is cheaper than another step
+_LOOKUP_PATIENCE_S = 15.0  # a request that is still being looked up then is computed
+
+
+@dataclass
+class LMCacheConnectorMetadata(OffloadingConnectorMetadata):
+    """Scheduler to workers, each step."""
+
+    failed_loads: set[str] = field(default_factory=set)
+    """Requests waiting for a load that will not come: every worker reports it as failed."""
+    idle: bool = False
+    """Nothing is computed in this step."""
+
+
+@dataclass
+class LMCacheWorkerMetadata(OffloadingWorkerMetadata):
+    """Workers to scheduler, each step."""
+
+    failed_jobs: set[int] = field(default_factory=set)
+    """Completed jobs whose bytes were not copied."""
+
+    @override
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> LMCacheWorkerMetadata:
+        merged = super().aggregate(other)
+        assert isinstance(merged, OffloadingWorkerMetadata)
+        failed = self.failed_jobs | getattr(other, "failed_jobs", set())
+        return LMCacheWorkerMetadata(merged.completed_jobs, merged.transfer_stats, failed)
+
+
+class LMCacheConnectorV1(OffloadingConnector):
+    """See the module's docstring. One instance schedules, one per worker moves bytes."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        found = settings.resolve(vllm_config, kv_cache_config)
+        self._hooks = Hooks()
+        self._settings = found
+        self._min_retrieve_tokens = found.config.live.min_retrieve_tokens
+        if role == KVConnectorRole.SCHEDULER:
+            if transfer.kv_load_failure_policy == "fail" and "lmcache.kv_load_failure_policy" not in (
+                transfer.kv_connector_extra_config
+            ):
+                transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
+            self._open_namespace(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._adapters = Adapters()
+        self._report = HitReport()
+        self._stats = OffloadingConnectorStats()
+        self._asked_at: dict[str, float] = {}
+        self._failed_loads: set[str] = set()
+        self._failed_jobs: set[int] = set()
+        if role == KVConnectorRole.SCHEDULER:
+            self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
+
+    def _open_namespace(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        assert vllm_config.kv_transfer_config is not None
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        name = None
+        if identity.shareable_hash(vllm_config):
+            blocks, row_bytes = self._settings.blocks_per_chunk, self._settings.row_bytes
+            parts = identity.components(vllm_config, kv_cache_config, blocks_per_chunk=blocks, row_bytes=row_bytes)
+            name = namespace.digest(parts).hex()
+        else:
+            logger.warning(
+                "Only host memory is used: with --prefix-caching-hash-algo %s every process has other keys; "
+                "use sha256_cbor",
+                vllm_config.cache_config.prefix_caching_hash_algo,
+            )
+        extra[settings.NAMESPACE] = name
+        for note in self._settings.config.notes:
+            logger.info("%s", note)
+        logger.info("%s", start_line(self._settings, name))
+
+    @classmethod
+    @override
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVConnectorPromMetrics:
+        settings.announce(vllm_config)
+        return super().build_prom_metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # -- scheduler -------------------------------------------------------------------------------
+
+    @override
+    def on_new_request(self, request: Request) -> None:
+        def body() -> None:
+            self._adapters.label(request)
+            super(LMCacheConnectorV1, self).on_new_request(request)
+
+        self._hooks.run("on_new_request", body, None, req_id=request.request_id)
+
+    @override
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        req_id = request.request_id
+        if self._hooks.bypassed(req_id):
+            return 0, False
+        return self._hooks.run(
+            "get_num_new_matched_tokens", lambda: self._match(request, num_computed_tokens), (0, False), req_id=req_id
+        )
+
+    def _match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        tokens, load = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        req_id = request.request_id
+        if tokens is None:
+            now = time.monotonic()
+            if now - self._asked_at.setdefault(req_id, now) < _LOOKUP_PATIENCE_S:
+                return None, False
+            logger.warning("Request %s: looked up for %.0f s, computing it instead", req_id, _LOOKUP_PATIENCE_S)
+            self._hooks.bypass(req_id)
+            tokens, load = 0, False
+        self._asked_at.pop(req_id, None)
+        if tokens < self._min_retrieve_tokens:
+            tokens, load = 0, False
+        self._stats.increase_counter(metrics.LOOKUP_REQUESTS)
+        self._stats.increase_counter(metrics.REQUESTED_TOKENS, request.num_tokens)
+        self._report.tell(req_id, request.num_tokens, num_computed_tokens + tokens, tokens)
+        return tokens, load
+
+    @override
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        def body() -> dict[CacheHitSource, int]:
+            sources = super(LMCacheConnectorV1, self).get_external_cache_hit_sources(request, num_external_tokens)
+            for source, tokens in sources.items():
+                self._stats.increase_counter(metrics.HIT_TOKENS, tokens, (source.value,))
+            return sources
+
+        return self._hooks.run("get_external_cache_hit_sources", body, {})
+
+    @override
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        def body() -> bool:
+            super(LMCacheConnectorV1, self).update_state_after_alloc(request, blocks, num_external_tokens)
+            return True
+
+        req_id = request.request_id
+        if num_external_tokens and not self._hooks.run("update_state_after_alloc", body, False, req_id=req_id):
+            self._failed_loads.add(req_id)
+
+    @override
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        meta = LMCacheConnectorMetadata({}, {}, set())
+        if not self._hooks.off:
+            built = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
+            meta = built or self._lost_meta()
+        meta.idle = scheduler_output.total_num_scheduled_tokens == 0
+        meta.failed_loads, self._failed_loads = self._failed_loads, set()
+        return meta
+
+    def _build_meta(self, scheduler_output: SchedulerOutput) -> LMCacheConnectorMetadata:
+        meta = super().build_connector_meta(scheduler_output)
+        assert isinstance(meta, OffloadingConnectorMetadata)
+        return LMCacheConnectorMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush)
+
+    def _lost_meta(self) -> LMCacheConnectorMetadata:
+        """This step's plan is lost: nobody may wait for its loads."""
+        planned = self.scheduler._current_batch_load_jobs
+        self._failed_loads.update(job.req_id for job in planned.values())
+        return LMCacheConnectorMetadata({}, {}, set())
+
+    @override
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if not self._hooks.off:
+            self._hooks.run("update_connector_output", lambda: self._take_output(connector_output), None)
+
+    def _take_output(self, connector_output: KVConnectorOutput) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        for job_id in getattr(meta, "failed_jobs", ()):
+            job = self.scheduler._jobs.get(job_id)
+            if job is not None and job.is_store:
+                assert isinstance(self.scheduler.manager, BoundedTieringManager)
+                self.scheduler.manager.mark_unwritten(job.keys)
+        super().update_connector_output(connector_output)
+
+    @override
+    def has_pending_push_work(self) -> bool:
+        return bool(self._failed_loads) or (not self._hooks.off and super().has_pending_push_work())
+
+    @override
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._request_finished(request)
+
+    @override
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._request_finished(request)
+
+    def _request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        self._asked_at.pop(request.request_id, None)
+        self._hooks.forget(request.request_id)
+        if self._hooks.off:
+            return False, None
+        return self._hooks.run("request_finished", lambda: self.scheduler.request_finished(request), (False, None))
+
+    @override
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        if self._hooks.off:
+            return ()
+        return self._hooks.run("take_events", lambda: list(super(LMCacheConnectorV1, self).take_events()), [])
+
+    @override
+    def reset_cache(self) -> bool | None:
+        return self._hooks.run("reset_cache", super().reset_cache, False)
+
+    @override
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self.connector_scheduler is None:
+            return None
+        return self._hooks.run("get_kv_connector_stats", self._take_stats, None)
+
+    def _take_stats(self) -> KVConnectorStats | None:
+        stats, self._stats = self._stats, OffloadingConnectorStats()
+        for hook, count in self._hooks.take_failures().items():
+            stats.increase_counter(metrics.HOOK_FAILURES, count, (hook,))
+        if self._hooks.off:
+            stats.set_gauge(metrics.CACHE_ACTIVE, 0)
+        elif (inner := self.scheduler.get_stats()) is not None:
+            stats.aggregate(inner)
+        return None if stats.is_empty() else stats
+
+    # -- worker ----------------------------------------------------------------------------------
+
+    @override
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self._hooks.run(
+            "handle_preemptions",
+            lambda: super(LMCacheConnectorV1, self).handle_preemptions(kv_connector_metadata),
+            None,
+        )
+
+    @override
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        def body() -> bool:
+            super(LMCacheConnectorV1, self).start_load_kv(forward_context, **kwargs)
+            return True
+
+        if not self._hooks.run("start_load_kv", body, False):
+            self._fail_unsubmitted_loads()
+
+    def _fail_unsubmitted_loads(self) -> None:
+        worker = self.connector_worker
+        assert worker is not None
+        for job_id, job in self._metadata.load_jobs.items():
+            if not (isinstance(worker.worker, HostPageCopier) and worker.worker.is_pending(job_id)):
+                worker._load_jobs.pop(job_id, None)
+                worker._connector_worker_meta.mark_completed(job_id)
+                self._failed_loads.add(job.req_id)
+
+    @override
+    def wait_for_save(self) -> None:
+        self._hooks.run("wait_for_save", super().wait_for_save, None)
+
+    @override
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        assert self.connector_worker is not None
+        loads, copier = self.connector_worker._load_jobs, self.connector_worker.worker
+        if self._metadata.idle and isinstance(copier, HostPageCopier):
+            copier.wait_for(set(loads), _IDLE_WAIT_S)
+        before = dict(loads)
+        received = self._hooks.run("get_finished", lambda: self.get_finished(finished_req_ids)[1], None)
+        failed, self._failed_loads = self._metadata.failed_loads | self._failed_loads, set()
+        if received is None:  # nobody will report these any more
+            failed.update(before.values())
+            loads.clear()
+        if isinstance(copier, HostPageCopier):
+            self._failed_jobs |= copier.take_failed()
+            done = self._failed_jobs & (before.keys() - loads.keys())
+            failed.update(before[job_id] for job_id in done)
+            self._failed_jobs -= done
+        return KVConnectorTransferResults(finished_recving=(received or set()) | failed, failed_recving=failed)
+
+    @override
+    def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        meta = super().build_connector_worker_meta()
+        if meta is None:
+            return None
+        failed = self._failed_jobs & meta.completed_jobs.keys()
+        self._failed_jobs -= failed
+        return LMCacheWorkerMetadata(meta.completed_jobs, meta.transfer_stats, failed)
+
+    @property
+    def _metadata(self) -> LMCacheConnectorMetadata:
+        return cast(LMCacheConnectorMetadata, self._connector_metadata)
+
+    # -- both ------------------------------------------------------------------------------------
+
+    @override
+    def shutdown(self) -> None:
+        self._hooks.run("shutdown", super().shutdown, None)
+
+
+class LMCacheConnector(LMCacheConnectorV1):
+    """The name of LMCache's first connector."""
+
+
+class LMCacheMPConnector(LMCacheConnectorV1):
+    """The name of LMCache's multi-process connector; ours runs in the engine and needs no server."""

@@ -1,0 +1,122 @@
+"""One chunk to a store and back: serde, frame, store, in this order and its reverse.
+
+Threads:  `fetch`, `keep` and `present` run in pool threads, several at once; counts are locked.
+Order:    none.
+Owner:    a row is touched only while the call runs.
+Failure:  nothing raises. A store's failure, a lie in a frame, a missing object: all are False, told
+          apart by the counters only. After a False the row's bytes mean nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from lmcache_ext import frame
+from lmcache_ext.errors import FrameError, LengthMismatch, StoreError, UnknownSerde
+from lmcache_ext.serde.base import Serde
+from lmcache_ext.stores.base import Store
+
+logger = logging.getLogger("vllm.lmcache_ext.offload.chunk_io")
+
+
+class ChunkIO:
+    """Moves whole rows between host memory and one store, verified."""
+
+    def __init__(self, store: Store, serde: Serde, namespace: bytes) -> None:
+        self._store = store
+        self._serde = serde
+        self._namespace = namespace
+        self._lock = threading.Lock()
+        self._corrupt: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each chunk seems to be there. Advice: the fetch is the truth."""
+        try:
+            return self._store.exists([self._namespace + key for key in keys])
+        except StoreError:
+            return [False] * len(keys)
+
+    def fetch(self, key: bytes, row: memoryview) -> bool:
+        """Fill `row` with the chunk of `key`; True only if every byte is verified."""
+        key = self._namespace + key
+        header = memoryview(bytearray(frame.FRAME_BYTES))
+        received = self._serde.receive(row)
+        try:
+            length = self._store.get_into(key, (header, *received))
+            if length is None:
+                return False
+            self._unpack(key, header, received, length, row)
+        except StoreError:
+            return False
+        except FrameError as error:
+            self._discard(key, error)
+            return False
+        return True
+
+    def keep(self, key: bytes, row: memoryview) -> bool:
+        """Write the chunk of `key`; True if it is in the store now, or was before."""
+        key = self._namespace + key
+        try:
+            if self._store.exists([key])[0]:
+                return True
+            parts = self._serde.encode(row)
+            head = frame.encode(
+                namespace=self._namespace,
+                key=key,
+                serde_tag=self._serde.tag,
+                raw_length=row.nbytes,
+                payload_parts=parts,
+            )
+            self._store.put(key, (memoryview(head), *parts))
+        except StoreError as error:
+            self.count_dropped(type(error).__name__)
+            return False
+        return True
+
+    def count_dropped(self, cause: str, chunks: int = 1) -> None:
+        """Count chunks that were not written, by cause."""
+        with self._lock:
+            self._dropped[cause] += chunks
+
+    def take_counts(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Corrupt and dropped chunks by cause, since the last call."""
+        with self._lock:
+            corrupt, self._corrupt = self._corrupt, Counter()
+            dropped, self._dropped = self._dropped, Counter()
+        return corrupt, dropped
+
+    def _unpack(
+        self, key: bytes, head: memoryview, received: Sequence[memoryview], length: int, row: memoryview
+    ) -> None:
+        header = frame.parse(head[: min(length, frame.FRAME_BYTES)])
+        frame.verify(
+            header,
+            namespace=self._namespace,
+            key=key,
+            payload_parts=received,
+            object_length=length,
+            raw_length=row.nbytes,
+        )
+        if header.serde_tag != self._serde.tag:
+            raise UnknownSerde(f"read serde tag {header.serde_tag}, expected {self._serde.tag} ({self._serde.name})")
+        if header.raw_length != row.nbytes:
+            raise LengthMismatch(f"frame says {header.raw_length} bytes, the row has {row.nbytes}")
+        self._serde.decode(received, header.stored_length, row)
+
+    def _discard(self, key: bytes, error: FrameError) -> None:
+        cause = type(error).__name__
+        with self._lock:
+            self._corrupt[cause] += 1
+            first = cause not in self._told
+            self._told.add(cause)
+        if first:  # one line per cause; the counter has the rest
+            logger.warning("Corrupt chunk in %s, deleted and computed again: %s: %s", self._store.name, cause, error)
+        try:
+            self._store.delete([key])
+        except StoreError as failure:
+            logger.debug("Could not delete a corrupt chunk from %s: %s", self._store.name, failure)

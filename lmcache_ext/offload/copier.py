@@ -1,0 +1,199 @@
+"""Moves KV pages between vLLM's paged tensors and rows, on hosts without a GPU.
+
+A row's part that one worker owns holds, block after block, one page of every tensor of the group::
+
+    row r  | worker 0                          | worker 1 ...
+           | block 0: t0 t1 .. | block 1: ...  |
+
+Threads:  vLLM's worker thread submits and polls; one thread of ours copies, on cores that the
+          model's compute threads do not use.
+Order:    jobs run in the order they were submitted, so a load submitted after a store of the same
+          row sees it.
+Owner:    the KV tensors and the region outlive the copier; `shutdown` stops touching them.
+Failure:  a job never raises into vLLM. One that could not be copied is reported finished *and*
+          listed by `take_failed`; who asked decides (`lmcache_ext.connector`).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from typing_extensions import override
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    BlockIDsLoadStoreSpec,
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+from lmcache_ext.ops import pages
+from lmcache_ext.ops.table import Bytes, Int64s, PageTable
+
+logger = init_logger("vllm.lmcache_ext.offload.copier")
+
+
+class _Job(NamedTuple):
+    job_id: int
+    store: bool
+    paged: GPULoadStoreSpec
+    rows: BlockIDsLoadStoreSpec
+
+
+class HostPageCopier(OffloadingWorker):
+    """An `OffloadingWorker` for the CPU platform."""
+
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, *, blocks_per_chunk: int) -> None:
+        self._caches = kv_caches  # keeps the tensors behind the tables alive
+        self._tables = [_table(kv_caches, group) for group in range(len(kv_caches.group_data_refs))]
+        self._blocks_per_chunk = blocks_per_chunk
+        self._region: SharedOffloadRegion | None = region
+        self._rows: Bytes | None = region.base_tensor.numpy().view(np.uint8)
+        self._row_bytes = region._row_stride
+        self._begin = region._worker_offset
+        self._worker_bytes = region._worker_area_end - region._worker_offset
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._pending: set[int] = set()
+        self._failed: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="lmcache_ext-copier", daemon=True)
+        self._thread.start()
+
+    @override
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        assert isinstance(dst_spec, BlockIDsLoadStoreSpec)
+        return self._submit(_Job(job_id, True, src_spec, dst_spec))
+
+    @override
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        assert isinstance(src_spec, BlockIDsLoadStoreSpec)
+        return self._submit(_Job(job_id, False, dst_spec, src_spec))
+
+    @override
+    def get_finished(self) -> list[TransferResult]:
+        results = []
+        while True:
+            try:
+                results.append(self._finished.get_nowait())
+            except queue.Empty:
+                return results
+
+    @override
+    def wait(self, job_ids: set[int]) -> None:
+        self.wait_for(job_ids, timeout_s=None)
+
+    def wait_for(self, job_ids: set[int], timeout_s: float | None) -> bool:
+        """Block until none of `job_ids` is pending, at most `timeout_s` seconds; whether that came true."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._pending.isdisjoint(job_ids), timeout_s)
+
+    def is_pending(self, job_id: int) -> bool:
+        """Whether the job was submitted and has not finished."""
+        with self._changed:
+            return job_id in self._pending
+
+    def take_failed(self) -> set[int]:
+        """Finished jobs whose bytes were not copied, since the last call."""
+        with self._changed:
+            failed, self._failed = self._failed, set()
+        return failed
+
+    @override
+    def shutdown(self) -> None:
+        if self._region is None:
+            return
+        self._queue.put(None)
+        self._thread.join()
+        self._rows = None
+        region, self._region = self._region, None
+        region.cleanup()
+
+    def _submit(self, job: _Job) -> bool:
+        with self._changed:
+            self._pending.add(job.job_id)
+        self._queue.put(job)
+        return True
+
+    def _run(self) -> None:
+        _leave_compute_cores()
+        logger.info("Copying KV pages with the %s copier", pages.backend())
+        while (job := self._queue.get()) is not None:
+            begin = time.perf_counter()
+            try:
+                num_bytes = self._copy(job)
+            except Exception:  # the top of this thread: the job fails, the thread lives
+                logger.exception("KV copy job %d failed", job.job_id)
+                num_bytes = None
+            self._finish(job.job_id, num_bytes, time.perf_counter() - begin)
+
+    def _finish(self, job_id: int, num_bytes: int | None, seconds: float) -> None:
+        if num_bytes is None:
+            with self._changed:
+                self._failed.add(job_id)  # before it counts as finished: nobody may take it for good
+        self._finished.put(TransferResult(job_id, True, num_bytes or 0, seconds))
+        with self._changed:
+            self._pending.discard(job_id)
+            self._changed.notify_all()
+
+    def _copy(self, job: _Job) -> int:
+        assert self._rows is not None
+        copied = 0
+        for table, block_ids, offsets in self._parts(job):
+            if job.store:
+                copied += pages.gather_pages(table, block_ids, self._rows, offsets)
+                self._clear_rest(table, offsets)
+            else:
+                copied += pages.scatter_pages(table, block_ids, self._rows, offsets)
+        return copied
+
+    def _parts(self, job: _Job) -> Iterator[tuple[PageTable, Int64s, Int64s]]:
+        """Each cache group's table, its block ids, and the byte offsets of the same blocks in rows."""
+        block, row = 0, 0
+        for table, size, first in zip(self._tables, job.paged.group_sizes, job.paged.block_indices, strict=True):
+            if size == 0:
+                continue
+            skipped = first % self._blocks_per_chunk  # blocks of the first row that this job leaves alone
+            places = np.arange(skipped, skipped + size, dtype=np.int64)
+            row_of_place = row + places // self._blocks_per_chunk
+            rows = job.rows.block_ids[row_of_place].astype(np.int64)
+            offsets = rows * self._row_bytes + self._begin + places % self._blocks_per_chunk * table.block_bytes
+            yield table, job.paged.block_ids[block : block + size].astype(np.int64), offsets
+            block += size
+            row = int(row_of_place[-1]) + 1
+
+    def _clear_rest(self, table: PageTable, offsets: Int64s) -> None:
+        """Zero what a smaller cache group leaves of its rows: stored bytes must not hold a stranger's KV."""
+        used = table.block_bytes * self._blocks_per_chunk
+        if used >= self._worker_bytes:
+            return
+        assert self._rows is not None
+        for row in np.unique(offsets // self._row_bytes).tolist():
+            begin = row * self._row_bytes + self._begin
+            self._rows[begin + used : begin + self._worker_bytes] = 0
+
+
+def _table(kv_caches: CanonicalKVCaches, group: int) -> PageTable:
+    tensors = []
+    for ref in kv_caches.group_data_refs[group]:
+        tensor = kv_caches.tensors[ref.tensor_idx].tensor
+        tensors.append((tensor.data_ptr(), tensor.shape[0], tensor.stride(0), ref.page_size_bytes))
+    return PageTable.of(tensors)
+
+
+def _leave_compute_cores() -> None:
+    """Run on the cores the model does not compute on: vLLM pins the worker, and threads inherit that."""
+    try:
+        pinned, allowed = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
+        os.sched_setaffinity(0, (allowed - pinned) or allowed)
+    except OSError:  # a parent we may not look at: stay where we are
+        logger.info("KV copies share the compute cores: no view of the parent's CPU affinity")

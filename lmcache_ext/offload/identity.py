@@ -1,0 +1,129 @@
+"""What makes two engines' KV interchangeable, read off vLLM's configuration.
+
+Token ids, LoRA name, multimodal content and ``cache_salt`` are already in vLLM's block hashes.
+Everything else that decides the bytes of a page, or what a hash means, is a component here.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+
+from lmcache_ext.namespace import weights_identity
+
+if TYPE_CHECKING:
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.lmcache_ext.offload.identity")
+
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "name_or_path", "_commit_hash")
+
+
+def shareable_hash(vllm_config: VllmConfig) -> bool:
+    """Whether block hashes mean the same in another process (xxhash has a random seed per process)."""
+    return not vllm_config.cache_config.prefix_caching_hash_algo.startswith("xxhash")
+
+
+def components(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, blocks_per_chunk: int, row_bytes: int
+) -> dict[str, str]:
+    """Name -> text of everything two engines must agree on. Call it in EngineCore."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    return {
+        "model": _model(vllm_config),
+        "weights": _weights(vllm_config.model_config, vllm_config.load_config),
+        "speculative": _speculative(vllm_config),
+        "kv_dtype": f"{vllm_config.model_config.dtype}/{cache.cache_dtype}",
+        "kv_layout": f"{getattr(cache, 'kv_cache_layout', None)}/{_page_format(vllm_config, kv_cache_config)}",
+        "groups": _groups(kv_cache_config),
+        "chunk": f"blocks={blocks_per_chunk} row={row_bytes}",
+        "parallel": (
+            f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size} "
+            f"dcp={parallel.decode_context_parallel_size} pcp={parallel.prefill_context_parallel_size}"
+        ),
+        "hash": _hash_scheme(vllm_config),
+    }
+
+
+def _model(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    settings: dict[str, Any] = model.hf_config.to_dict()
+    for key in _VOLATILE_CONFIG_KEYS:
+        settings.pop(key, None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{model.architectures}/{model.quantization}/{text}"
+
+
+def _weights(model: ModelConfig, load: LoadConfig) -> str:
+    if load.load_format == "dummy":
+        return f"dummy seed={model.seed}"
+    directory = _local_directory(model.model, model.revision)
+    identity = weights_identity(directory) if directory else None
+    if identity is not None:
+        return identity
+    logger.warning(
+        "No weight files of %s found on this machine: chunks are shared by its name and revision (%s) alone",
+        model.model,
+        model.revision,
+    )
+    return f"name={model.model} revision={model.revision}"
+
+
+def _local_directory(name: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _speculative(vllm_config: VllmConfig) -> str:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return ""
+    draft = speculative.draft_model_config
+    weights = _weights(draft, vllm_config.load_config) if draft is not None else ""
+    return f"{speculative.method}/{weights}"
+
+
+def _page_format(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """What the bytes inside a page mean beyond their layout: on CPU, an ISA's own packing."""
+    if not current_platform.is_cpu():
+        backend = vllm_config.attention_config.backend
+        return f"{current_platform.device_type}/{backend}"
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    dtype = vllm_config.model_config.dtype
+    isas = set()
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        head_size = getattr(spec, "head_size", None)
+        isas.add(_get_attn_isa(dtype, spec.block_size, head_size, vllm_config.cache_config.cache_dtype))
+    vector = "avx512" if torch.cpu._is_avx512_supported() else "base"
+    return f"cpu/{platform.machine()}/{vector}/{sorted(isas)}"
+
+
+def _groups(kv_cache_config: KVCacheConfig) -> str:
+    return repr([(group.layer_names, repr(group.kv_cache_spec)) for group in kv_cache_config.kv_cache_groups])
+
+
+def _hash_scheme(vllm_config: VllmConfig) -> str:
+    """The algorithm, its seed and vLLM's chaining, all seen through one hash of known tokens."""
+    name = vllm_config.cache_config.prefix_caching_hash_algo
+    if name == "sha256":  # hashes a pickle, whose bytes follow the Python version
+        name += f"/python{platform.python_version()}"
+    hash_fn = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
+    # EngineCore sets its NONE_HASH only after the connector is built, from this same seed.
+    none_hash = kv_cache_utils.BlockHash(hash_fn(kv_cache_utils.resolve_none_hash_seed(hash_fn)))
+    probe = kv_cache_utils.hash_block_tokens(hash_fn, none_hash, (1, 2, 3), None)
+    return f"{name}/{probe.hex()}"

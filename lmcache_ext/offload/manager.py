@@ -1,0 +1,72 @@
+"""vLLM's tiering manager, with the three promises it does not make.
+
+* A fetch that outlives its deadline is a miss for whoever waits, not a wait without end.
+* A request never promotes so many chunks that it evicts its own prefix.
+* A row whose copy failed is never published.
+
+All methods run in the scheduler's thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from typing_extensions import override
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+
+from lmcache_ext.offload.tier import StoredTier
+
+_PROMOTABLE_FRACTION = 0.75  # of all rows, for one request
+_PROMOTIONS_PER_KEY = 2  # once, and once more if another request evicted it meanwhile
+
+
+class BoundedTieringManager(TieringOffloadingManager):
+    """See the module's docstring."""
+
+    def __init__(
+        self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[SecondaryTierManager]
+    ) -> None:
+        super().__init__(primary_tier, secondary_tiers)
+        self._stored_tiers = [tier for tier in secondary_tiers if isinstance(tier, StoredTier)]
+        self._max_promotions = max(1, int(primary_tier._num_chunks * _PROMOTABLE_FRACTION))
+        self._promotions: dict[str, Counter[OffloadKey]] = {}
+        self._unwritten: set[OffloadKey] = set()
+
+    def mark_unwritten(self, keys: Collection[OffloadKey]) -> None:
+        """The rows of `keys` did not get their bytes: their store job will complete as a failure."""
+        self._unwritten.update(keys)
+
+    @override
+    def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        result = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        if result is LookupResult.HIT_PENDING and any(tier.is_overdue(key) for tier in self._stored_tiers):
+            return LookupResult.MISS
+        return result
+
+    @override
+    def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
+        promotions = self._promotions.setdefault(req_context.req_id, Counter())
+        if promotions[key] >= _PROMOTIONS_PER_KEY or len(promotions) >= self._max_promotions:
+            return False
+        promotions[key] += 1
+        return super()._initiate_promotion(tier_idx, key, req_context)
+
+    @override
+    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        if not self._unwritten.isdisjoint(keys):
+            self._unwritten.difference_update(keys)
+            success = False
+        super().complete_store(keys, req_context, success)
+
+    @override
+    def on_request_finished(self, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> None:
+        self._promotions.pop(req_context.req_id, None)
+        super().on_request_finished(req_context, exclude_tier_idx=exclude_tier_idx)
+
+    @override
+    def reset_cache(self) -> None:
+        self._unwritten.clear()
+        super().reset_cache()

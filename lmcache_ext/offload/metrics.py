@@ -1,0 +1,43 @@
+"""What reaches ``/metrics`` beyond vLLM's own ``vllm:kv_offload_*`` family.
+
+Engine and worker processes cannot register with the API process's Prometheus registry: counts
+travel in `OffloadingConnectorStats`, and the API process builds the metrics from these definitions.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata, OffloadingMetricMetadata
+
+LOOKUP_REQUESTS = "lmcache:num_lookup_requests"
+REQUESTED_TOKENS = "lmcache:num_requested_tokens"
+HIT_TOKENS = "lmcache:num_hit_tokens"
+CORRUPT_CHUNKS = "lmcache_ext:corrupt_chunks"
+DROPPED_CHUNKS = "lmcache_ext:dropped_chunks"
+STORE_FAILURES = "lmcache_ext:store_failures"
+ABANDONED_CHUNKS = "lmcache_ext:abandoned_chunks"
+TIER_UP = "lmcache_ext:tier_up"
+TIER_USED_BYTES = "lmcache_ext:tier_used_bytes"
+TIER_CAPACITY_BYTES = "lmcache_ext:tier_capacity_bytes"
+HOOK_FAILURES = "lmcache_ext:hook_failures"
+CACHE_ACTIVE = "lmcache_ext:cache_active"
+
+
+def definitions() -> dict[str, OffloadingMetricMetadata]:
+    """Name -> documentation and labels of every metric we add."""
+    counter, gauge = OffloadingCounterMetadata, OffloadingGaugeMetadata
+    return {
+        LOOKUP_REQUESTS: counter("Requests whose prefix was looked up in the cache."),
+        REQUESTED_TOKENS: counter("Prompt tokens of the requests that were looked up."),
+        HIT_TOKENS: counter("Tokens restored from the cache, by the tier that held them.", ("tier",)),
+        CORRUPT_CHUNKS: counter(
+            "Stored chunks whose frame or checksum was wrong; each was a miss and was deleted.", ("tier", "cause")
+        ),
+        DROPPED_CHUNKS: counter("Chunks not written to a tier, by cause.", ("tier", "cause")),
+        STORE_FAILURES: counter("Failed operations of a tier's store, by cause.", ("tier", "cause")),
+        ABANDONED_CHUNKS: counter("Chunks whose fetch outlived its deadline and was given up.", ("tier",)),
+        TIER_UP: gauge("1 while the tier answers, 0 while its circuit breaker is open.", ("tier",)),
+        TIER_USED_BYTES: gauge("Bytes the tier holds (an estimate where the store is shared).", ("tier",)),
+        TIER_CAPACITY_BYTES: gauge("Bytes the tier may hold.", ("tier",)),
+        HOOK_FAILURES: counter("Exceptions in the connector, each contained to its request.", ("hook",)),
+        CACHE_ACTIVE: gauge("1 while the KV cache connector is on."),
+    }

@@ -1,0 +1,88 @@
+"""Which row goes first: LMCache's replacement policies that vLLM does not bring (it has LRU and ARC).
+
+Each differs from LRU only in the rank a row gets; the row with the smallest rank leaves first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from typing_extensions import override
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
+from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+
+
+class FIFOCachePolicy(LRUCachePolicy):
+    """First in, first out: a row keeps the rank of its insertion."""
+
+    @override
+    def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        return
+
+    @override
+    def on_request_finished(
+        self,
+        key_groups: Sequence[Sequence[OffloadKey]],
+        insertion_only_keys: set[OffloadKey],
+        reused_keys: set[OffloadKey],
+        req_context: ReqContext,
+    ) -> None:
+        return
+
+
+class MRUCachePolicy(LRUCachePolicy):
+    """Most recently used leaves first: ranks count downwards."""
+
+    @override
+    def insert(self, key: OffloadKey, chunk: ChunkStatus) -> None:
+        self._next_rank -= 2  # the parent adds one
+        super().insert(key, chunk)
+
+    @override
+    def _assign_new_rank(self, key: OffloadKey) -> bool:
+        if key in self.chunks:
+            self._next_rank -= 2
+        return super()._assign_new_rank(key)
+
+
+class LFUCachePolicy(LRUCachePolicy):
+    """Least frequently used leaves first; among equals, the least recently used."""
+
+    _TICK_BITS = 48  # ticks last for 2**48 uses before they would spill into the count
+
+    def __init__(self, cache_capacity: int) -> None:
+        super().__init__(cache_capacity)
+        self._uses: Counter[OffloadKey] = Counter()
+
+    @override
+    def insert(self, key: OffloadKey, chunk: ChunkStatus) -> None:
+        super().insert(key, chunk)
+        self._uses[key] = 1
+        self._ranks[key] |= 1 << self._TICK_BITS
+
+    @override
+    def _assign_new_rank(self, key: OffloadKey) -> bool:
+        evictable = super()._assign_new_rank(key)
+        if key in self.chunks:
+            self._uses[key] += 1
+            self._ranks[key] |= self._uses[key] << self._TICK_BITS
+        return evictable
+
+    @override
+    def remove(self, key: OffloadKey) -> None:
+        super().remove(key)
+        self._uses.pop(key, None)
+
+    @override
+    def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
+        evicted = super().evict(n, protected)
+        for key, _ in evicted or ():
+            self._uses.pop(key, None)
+        return evicted
+
+    @override
+    def clear(self) -> None:
+        super().clear()
+        self._uses.clear()

@@ -1,0 +1,61 @@
+"""What a user reads in the log: that the cache is on, and what a request reused."""
+
+from __future__ import annotations
+
+import time
+
+from vllm.logger import init_logger
+
+from lmcache_ext.config_urls import masked
+from lmcache_ext.offload.settings import Settings
+
+logger = init_logger("vllm.lmcache_ext")
+
+_LINES_PER_SECOND = 5
+
+
+def start_line(settings: Settings, namespace: str | None) -> str:
+    """One line that proves the cache is on: tiers, sizes, chunk, namespace."""
+    config = settings.config
+    tiers = [f"host memory {_size(settings.host_bytes)} ({settings.host_bytes // settings.row_bytes} chunks)"]
+    if namespace is not None and config.disk_paths:
+        capacity = config.live.disk_capacity_bytes
+        tiers.append(f"disk {','.join(config.disk_paths)} {_size(capacity) if capacity else 'unbounded'}")
+    if namespace is not None and config.remote_url is not None:
+        tiers.append(f"remote {masked('remote_url', config.remote_url)}")
+    return (
+        f"LMCache-compatible KV cache is on: {' -> '.join(tiers)}; chunk {settings.tokens_per_chunk} tokens = "
+        f"{_size(settings.row_bytes)}; policy {config.cache_policy}; namespace {namespace or 'none (host memory only)'}"
+    )
+
+
+class HitReport:
+    """The per-request line LMCache users look for, at most a few per second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._lines = 0
+        self._silent = 0
+
+    def tell(self, req_id: str, total_tokens: int, hit_tokens: int, load_tokens: int) -> None:
+        """Log one looked-up request, or count it where there are too many."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._silent:
+                logger.info("%d more requests were looked up", self._silent)
+            self._second, self._lines, self._silent = second, 0, 0
+        if self._lines >= _LINES_PER_SECOND:
+            self._silent += 1
+            return
+        self._lines += 1
+        logger.info(
+            "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",
+            req_id,
+            total_tokens,
+            hit_tokens,
+            load_tokens,
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,146 @@
+"""From the LMCache file to the settings vLLM's offloading framework reads.
+
+The framework is told everything through ``kv_connector_extra_config``, and the API process builds
+the metric definitions from the same dictionary before any connector exists. So there is one
+function per moment: `announce` needs nothing but vLLM's configuration, `resolve` needs the KV cache
+layout too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.logger import init_logger
+from vllm.utils.math_utils import round_up
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+from lmcache_ext.config import Config, load_config, resolve_chunk_tokens
+from lmcache_ext.errors import ConfigError
+from lmcache_ext.host_memory import check_host_bytes, fitting_bytes, read_host_memory
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.lmcache_ext.offload.settings")
+
+NAMESPACE = "lmcache_ext.namespace"
+"""Connector setting: hex of the namespace, for the spec."""
+FLUSH_TIMEOUT = "lmcache_ext.flush_timeout_s"
+"""Connector setting: seconds a stopping engine may spend writing what is not yet stored."""
+
+_POLICY_MODULE = "lmcache_ext.offload.policies"
+_POLICIES = {
+    "LRU": ("lru", None),
+    "ARC": ("arc", None),
+    "LFU": ("LFUCachePolicy", _POLICY_MODULE),
+    "FIFO": ("FIFOCachePolicy", _POLICY_MODULE),
+    "MRU": ("MRUCachePolicy", _POLICY_MODULE),
+}
+_STAGED_PROMPTS = 2  # of the longest possible length, where rows only stage for far tiers
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the KV cache of this engine looks like, in numbers."""
+
+    config: Config
+    tokens_per_chunk: int
+    blocks_per_chunk: int
+    row_bytes: int
+    """Bytes of one row: one chunk of every rank, padded to pages of memory."""
+    host_bytes: int
+    """Bytes of all rows."""
+
+
+def read_config(vllm_config: VllmConfig) -> Config:
+    """The LMCache configuration as this engine sees it: file, environment, connector JSON."""
+    return load_config(connector_extra=_extra(vllm_config))
+
+
+def announce(vllm_config: VllmConfig) -> None:
+    """Name our spec in the connector's settings, so that every process resolves the same one."""
+    _extra(vllm_config).update(spec_name="LMCacheOffloadingSpec", spec_module_path="lmcache_ext.offload.spec")
+
+
+def resolve(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings:
+    """Fit the configuration to this model's KV cache and write it where the framework reads it.
+
+    Raises ConfigError where it cannot be fitted.
+    """
+    announce(vllm_config)
+    settings = _fit(read_config(vllm_config), vllm_config, kv_cache_config)
+    policy, module = _POLICIES[settings.config.cache_policy]
+    _extra(vllm_config).update(
+        blocks_per_chunk=settings.blocks_per_chunk,
+        cpu_bytes_to_use=settings.host_bytes,
+        eviction_policy=policy,
+        cache_policy_module_path=module,
+        offload_prompt_only=not settings.config.live.save_decode_cache,
+    )
+    _extra(vllm_config)[FLUSH_TIMEOUT] = float(vllm_config.shutdown_timeout)
+    return settings
+
+
+def _extra(vllm_config: VllmConfig) -> dict[str, Any]:
+    assert vllm_config.kv_transfer_config is not None
+    extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
+    return extra
+
+
+def _fit(config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings:
+    extra = _extra(vllm_config)
+    extra.pop("blocks_per_chunk", None)  # ours, of an earlier call: `native` counts single blocks
+    native = build_offloading_config(vllm_config, kv_cache_config)
+    copies = 1 if native.replicated_layout else native.parallel.world_size
+    block_bytes = native.worker_kv_bytes_per_block * copies
+    blocks = _blocks_per_chunk(config, native.groups, kv_cache_config, block_bytes)
+    row_bytes = round_up(block_bytes * blocks, SharedOffloadRegion.BLOCK_SIZE_ALIGNMENT)
+    tokens = blocks * max(group.tokens_per_block for group in native.groups)
+    host_bytes = _host_bytes(config, row_bytes, tokens, len(native.groups), vllm_config.model_config.max_model_len)
+    return Settings(config, tokens, blocks, row_bytes, host_bytes)
+
+
+def _blocks_per_chunk(config: Config, groups: Any, kv_cache_config: KVCacheConfig, block_bytes: int) -> int:  # noqa: ANN401
+    specs = [kv_cache_config.kv_cache_groups[group.group_id].kv_cache_spec for group in groups]
+    if len(specs) > 1 or not all(_is_full_attention(spec) for spec in specs):
+        # Behind a sliding window a chunk of several blocks may be stored with holes.
+        logger.info("chunk_size: one vLLM block per chunk, as this model has windowed or recurrent layers")
+        return 1
+    block_tokens: int = groups[0].tokens_per_block
+    return resolve_chunk_tokens(config, block_tokens=block_tokens, bytes_per_block=block_bytes) // block_tokens
+
+
+def _is_full_attention(spec: Any) -> bool:  # noqa: ANN401
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return all(_is_full_attention(inner) for inner in spec.kv_cache_specs.values())
+    return isinstance(spec, FullAttentionSpec | MLAAttentionSpec)
+
+
+def _host_bytes(config: Config, row_bytes: int, chunk_tokens: int, num_groups: int, max_model_len: int) -> int:
+    wanted = config.live.host_capacity_bytes
+    if not config.local_cpu:
+        rows = _STAGED_PROMPTS * num_groups * -(-max_model_len // chunk_tokens)
+        wanted = min(wanted, max(rows, 2) * row_bytes)
+        logger.info("local_cpu is off: %d bytes of host memory stage chunks for the tiers behind it", wanted)
+    origin = config.origin("max_local_cpu_size")
+    memory = read_host_memory()
+    if origin.kind == "default":
+        fitting = fitting_bytes(wanted, memory)
+        if fitting < wanted:
+            logger.warning(
+                "max_local_cpu_size is not set: taking %d of the default %d bytes, half of what fits here",
+                fitting,
+                wanted,
+            )
+        wanted = fitting
+    check_host_bytes(wanted, memory, origin=origin.text)
+    if wanted < row_bytes:
+        raise ConfigError(
+            f"max_local_cpu_size of {wanted} bytes ({origin.text}) holds no chunk: one chunk of {chunk_tokens} tokens "
+            f"takes {row_bytes} bytes; raise max_local_cpu_size or lower chunk_size"
+        )
+    return wanted

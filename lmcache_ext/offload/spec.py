@@ -1,0 +1,146 @@
+"""LMCacheOffloadingSpec: the tiers, the manager and the worker of one engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from typing_extensions import override
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingMetricMetadata, OffloadingWorker
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from lmcache_ext.config import Config, load_config
+from lmcache_ext.errors import ConfigError
+from lmcache_ext.offload import metrics
+from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.rows import open_rows
+from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
+from lmcache_ext.offload.tier import StoredTier, TierLimits
+from lmcache_ext.serde.base import Serde
+from lmcache_ext.serde.naive import NaiveSerde
+from lmcache_ext.stores.base import Store
+from lmcache_ext.stores.disk import DiskStore
+from lmcache_ext.stores.guard import Guarded
+from lmcache_ext.stores.jobs import JobPool
+from lmcache_ext.stores.registry import open_store
+
+logger = init_logger("vllm.lmcache_ext.offload.spec")
+
+_LOOKUP_TIMEOUT_S = 1.0  # an existence check that takes longer is a miss
+_MAX_QUEUED_TASKS = 4096
+_PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
+
+
+class LMCacheOffloadingSpec(TieringOffloadingSpec):
+    """vLLM's tiering spec with our region, worker, manager and tiers.
+
+    Reads the LMCache configuration itself; the namespace comes with the connector's settings
+    (`offload.settings.NAMESPACE`), and without one no tier behind host memory is built.
+    """
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        self._pool: JobPool | None = None
+
+    @classmethod
+    @override
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        return {**super().build_metric_definitions(extra_config), **metrics.definitions()}
+
+    @override
+    def create_worker(self, kv_caches: CanonicalKVCaches) -> CPUOffloadingWorker:
+        """The worker on GPUs: vLLM's own, over our region."""
+        return CPUOffloadingWorker(
+            kv_caches=kv_caches,
+            blocks_per_chunk=self.blocks_per_chunk,
+            num_cpu_chunks=self.num_chunks,
+            mmap_region=self._open_rows(self._worker_rank()),
+        )
+
+    @override
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if not current_platform.is_cpu():
+            return super().get_worker(kv_caches)
+        region = self._open_rows(self._worker_rank())
+        return HostPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk)
+
+    @override
+    def get_manager(self) -> OffloadingManager:
+        if self._manager is None:
+            region = self._open_rows(None)
+            primary = CPUPrimaryTierOffloadingManager(
+                num_chunks=self.num_chunks,
+                cache_policy=self.eviction_policy,
+                cache_policy_module_path=self.cache_policy_module_path,
+                enable_events=self.kv_events_config.enable_kv_cache_events,
+                mmap_region=region,
+            )
+            tiers = self._open_tiers(primary.get_kv_memoryview())
+            self._manager = BoundedTieringManager(primary, list(tiers))
+        return self._manager
+
+    def close(self) -> None:
+        """Stop the threads behind the tiers; the tiers themselves are shut by the manager."""
+        if self._pool is not None:
+            self._pool.close(timeout_s=1.0)
+
+    def _worker_rank(self) -> int:
+        return 0 if self.replicated_layout else self.config.parallel.rank
+
+    def _open_rows(self, rank: int | None) -> SharedOffloadRegion:
+        return open_rows(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=rank,
+            row_bytes=self.kv_bytes_per_chunk,
+            worker_bytes=self.cpu_page_size_per_worker,
+        )
+
+    def _open_tiers(self, rows: memoryview) -> list[StoredTier]:
+        namespace = self.extra_config.get(NAMESPACE)
+        if namespace is None:
+            return []
+        config = load_config(connector_extra=self.extra_config)
+        stores = _open_stores(config)
+        if not stores:
+            return []
+        self._pool = JobPool(
+            min(8, os.cpu_count() or 1), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store", cpu_affinity=None
+        )
+        limits = TierLimits(
+            lookup_timeout_s=_LOOKUP_TIMEOUT_S,
+            fetch_timeout_s=config.blocking_timeout_s,
+            flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
+            max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
+        )
+        shared = {"namespace": bytes.fromhex(namespace), "pool": self._pool, "limits": limits}
+        return [StoredTier(self, rows, store=store, serde=serde, **shared) for store, serde in stores]
+
+
+def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
+    """The far tiers, nearest first: disk, then remote."""
+    found: list[tuple[Store, str, str]] = []
+    if config.disk_paths:
+        disk = DiskStore(config.disk_paths, config.live.disk_capacity_bytes)
+        found.append((disk, config.local_disk_serde, "local_disk_serde"))
+    if config.remote_url is not None:
+        local = config.remote_url.startswith(("file:", "fs:"))
+        remote = open_store(config.remote_url, options={"name": "remote"} if local else config.extra_config)
+        found.append((remote, config.remote_serde, "remote_serde"))
+    return [
+        (Guarded(store, deadline_s=config.blocking_timeout_s), open_serde(serde, key)) for store, serde, key in found
+    ]
+
+
+def open_serde(name: str, key: str) -> Serde:
+    """The serde called `name`; `key` is the setting that names it. Raises ConfigError."""
+    if name == NaiveSerde.name:
+        return NaiveSerde()
+    raise ConfigError(f"{key}: {name} is not available in this version; use naive, which stores KV bit for bit")

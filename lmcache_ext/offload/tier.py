@@ -1,0 +1,332 @@
+"""StoredTier: any store, behind any serde, as a secondary tier of vLLM's offloading framework.
+
+Threads:  every public method runs in the scheduler's thread and returns at once; store work runs in
+          the `JobPool`, existence checks in vLLM's `AsyncLookupManager` thread.
+Order:    none between jobs.
+Owner:    rows named by a job are pinned by the framework until the job is reported. Every job is
+          reported exactly once, failed ones too: a job unreported pins its rows for ever.
+Failure:  a failed fetch is a miss, a failed store is a drop; both are counted, neither raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from typing_extensions import override
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
+from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmcache_ext.errors import StoreTimeout
+from lmcache_ext.offload import metrics
+from lmcache_ext.offload.chunk_io import ChunkIO
+from lmcache_ext.serde.base import Serde
+from lmcache_ext.stores.guard import READ, WRITE, Guarded
+from lmcache_ext.stores.jobs import JobPool
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadingSpec
+
+logger = init_logger("vllm.lmcache_ext.offload.tier")
+
+ADAPTER_PARAM = "lmcache_ext.adapter"
+"""Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
+
+_CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
+_USAGE_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierLimits:
+    """Bounds of one tier. Seconds, and chunks written behind that may be pinned at once."""
+
+    lookup_timeout_s: float
+    fetch_timeout_s: float
+    flush_timeout_s: float
+    max_pending_stores: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """A job on its way through the pool, in tasks."""
+
+    job_id: JobId
+    num_tasks: int
+    begin: float
+    num_keys: int
+    done: list[OffloadKey] = field(default_factory=list)
+
+
+class StoredTier(SecondaryTierManager):
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        *,
+        store: Guarded,
+        serde: Serde,
+        namespace: bytes,
+        pool: JobPool,
+        limits: TierLimits,
+    ) -> None:
+        super().__init__(spec, primary_kv_view, store.name)
+        local = store.name == "disk"
+        self.medium = Medium.STORAGE  # type: ignore[misc]  # the framework reads it off the instance
+        self.cache_hit_source = CacheHitSource.DISK if local else CacheHitSource.EXTERNAL_UNSPECIFIED  # type: ignore[misc]
+        self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = np.asarray(primary_kv_view).view(np.uint8)
+        self._store = store
+        self._chunks = ChunkIO(store, serde, namespace)
+        self._pool = pool
+        self._limits = limits
+        self._lookups = _Lookups(store.name, self._chunks)
+        self._asked_at: dict[str, float] = {}
+        self._loading: dict[JobId, TransferJob] = {}
+        self._due: dict[OffloadKey, float] = {}
+        self._abandoned: set[OffloadKey] = set()
+        self._num_abandoned = 0
+        self._pending_stores = 0
+        self._lock = threading.Lock()
+        self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
+        self._failures: dict[str, int] = {}
+        self._usage_due = 0.0
+
+    # -- lookups ---------------------------------------------------------------------------------
+
+    @override
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if _adapter(req_context) == "" or self._store.is_open(READ):
+            return LookupResult.MISS
+        found = self._lookups.lookup(key, req_context)
+        if found is not None:
+            return LookupResult.HIT if found else LookupResult.MISS
+        now = time.monotonic()
+        asked = self._asked_at.setdefault(req_context.req_id, now)
+        return LookupResult.RETRY if now - asked < self._limits.lookup_timeout_s else LookupResult.MISS
+
+    def is_overdue(self, key: OffloadKey) -> bool:
+        """Whether the chunk is being fetched for longer than anybody should wait."""
+        due = self._due.get(key)
+        if due is None or time.monotonic() < due:
+            return False
+        if key not in self._abandoned:
+            self._abandoned.add(key)
+            self._num_abandoned += 1
+        return True
+
+    @override
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    @override
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._asked_at.pop(req_context.req_id, None)
+        self._lookups.cleanup(req_context.req_id)
+
+    @override
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._lookups.flush()
+
+    # -- jobs ------------------------------------------------------------------------------------
+
+    @override
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        job = self._start(job_metadata)
+        self._loading[job.job_id] = job_metadata
+        due = job.begin + self._limits.fetch_timeout_s
+        self._due.update((key, due) for key in job_metadata.keys)
+        self._submit(job, job_metadata, self._fetch, urgent=True)
+
+    @override
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        job = self._start(job_metadata)
+        refused = self._refusal(job_metadata)
+        if refused is not None:
+            self._chunks.count_dropped(refused, job.num_keys)
+            self._finished.put(JobResult(job.job_id, success=False))
+            return
+        with self._lock:
+            self._pending_stores += job.num_keys
+        self._submit(job, job_metadata, self._keep, urgent=False)
+
+    @override
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        results = []
+        while True:
+            try:
+                result = self._finished.get_nowait()
+            except queue.Empty:
+                return results
+            self._forget_load(result)
+            results.append(result)
+
+    @override
+    def drain_jobs(self) -> None:
+        self._pool.drain()
+
+    @override
+    def shutdown(self) -> None:
+        if self._rows is None:
+            return
+        self._lookups.shutdown()
+        flushed = self._pool.drain(self._limits.flush_timeout_s)
+        self._store.close()
+        if not flushed:  # a thread is still inside a row: the region must stay mapped
+            raise StoreTimeout(f"{self.tier_type}: work left after {self._limits.flush_timeout_s} s of flushing")
+        self._rows = None
+        self._primary_kv_view = memoryview(b"")
+
+    # -- statistics ------------------------------------------------------------------------------
+
+    @override
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        stats = OffloadingConnectorStats()
+        tier = self.tier_type
+        corrupt, dropped = self._chunks.take_counts()
+        for cause, count in corrupt.items():
+            stats.increase_counter(metrics.CORRUPT_CHUNKS, count, (tier, cause))
+        for cause, count in dropped.items():
+            stats.increase_counter(metrics.DROPPED_CHUNKS, count, (tier, cause))
+        for cause, total in self._store.counters().items():
+            increase = total - self._failures.get(cause, 0)
+            if increase and not cause.endswith((".ok", ".opened", ".closed")):
+                self._failures[cause] = total
+                stats.increase_counter(metrics.STORE_FAILURES, increase, (tier, cause))
+        if self._num_abandoned:
+            stats.increase_counter(metrics.ABANDONED_CHUNKS, self._num_abandoned, (tier,))
+            self._num_abandoned = 0
+        self._gauge(stats)
+        return stats
+
+    def _gauge(self, stats: OffloadingConnectorStats) -> None:
+        now = time.monotonic()
+        if now < self._usage_due:
+            return
+        self._usage_due = now + _USAGE_INTERVAL_S
+        stats.set_gauge(metrics.TIER_UP, int(not self._store.is_open(READ)), (self.tier_type,))
+        usage = self._store.usage()
+        if usage.used_bytes is not None:
+            stats.set_gauge(metrics.TIER_USED_BYTES, usage.used_bytes, (self.tier_type,))
+        if usage.capacity_bytes is not None:
+            stats.set_gauge(metrics.TIER_CAPACITY_BYTES, usage.capacity_bytes, (self.tier_type,))
+
+    # -- what the pool's threads run -------------------------------------------------------------
+
+    def _fetch(self, job: _Job, keys: Sequence[OffloadKey], rows: Sequence[memoryview], adapter: str | None) -> None:
+        done = []
+        try:
+            done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.fetch(_far_key(key, adapter), row)]
+        finally:
+            self._finish(job, done)
+
+    def _keep(self, job: _Job, keys: Sequence[OffloadKey], rows: Sequence[memoryview], adapter: str | None) -> None:
+        done = []
+        try:
+            done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.keep(_far_key(key, adapter), row)]
+        finally:
+            with self._lock:
+                self._pending_stores -= len(keys)
+            self._finish(job, done)
+
+    def _finish(self, job: _Job, done: Sequence[OffloadKey]) -> None:
+        with self._lock:
+            job.done.extend(done)
+            job.num_tasks -= 1
+            if job.num_tasks:
+                return
+        self._finished.put(
+            JobResult(
+                job.job_id,
+                success=len(job.done) == job.num_keys,
+                successful_keys=job.done,
+                transfer_time=time.monotonic() - job.begin,
+                transfer_bytes=len(job.done) * self.block_size_bytes,
+            )
+        )
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _start(self, job_metadata: TransferJob) -> _Job:
+        num_keys = len(job_metadata.keys)
+        num_tasks = -(-num_keys // _CHUNKS_PER_TASK)
+        return _Job(job_metadata.job_id, num_tasks, time.monotonic(), num_keys)
+
+    def _submit(self, job: _Job, job_metadata: TransferJob, task: Any, *, urgent: bool) -> None:  # noqa: ANN401
+        assert self._rows is not None
+        keys = list(job_metadata.keys)
+        rows = [memoryview(self._rows[chunk]) for chunk in job_metadata.chunk_ids.tolist()]
+        adapter = _adapter(job_metadata.req_context)
+        for begin in range(0, len(keys), _CHUNKS_PER_TASK):
+            part = slice(begin, begin + _CHUNKS_PER_TASK)
+            if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
+                self._refuse(job, len(keys[part]), urgent)
+
+    def _refuse(self, job: _Job, num_keys: int, urgent: bool) -> None:
+        if not urgent:
+            self._chunks.count_dropped("queue_full", num_keys)
+            with self._lock:
+                self._pending_stores -= num_keys
+        self._finish(job, ())
+
+    def _refusal(self, job_metadata: TransferJob) -> str | None:
+        """Why chunks are not even queued, or None."""
+        if _adapter(job_metadata.req_context) == "":
+            return "unidentified_adapter"
+        if self._store.is_open(READ) or self._store.is_open(WRITE):
+            return "circuit_open"
+        if self._pending_stores + len(job_metadata.keys) > self._limits.max_pending_stores:
+            return "backlog"
+        return None
+
+    def _forget_load(self, result: JobResult) -> None:
+        job = self._loading.pop(result.job_id, None)
+        if job is None:
+            return
+        for key in job.keys:
+            self._due.pop(key, None)
+            self._abandoned.discard(key)
+        self._lookups.mark_miss(set(job.keys) - set(result.successful_keys or ()))
+
+
+class _Lookups(AsyncLookupManager):
+    """vLLM's background existence checks, asked of our store."""
+
+    def __init__(self, name: str, chunks: ChunkIO) -> None:
+        self._chunks = chunks
+        super().__init__(name)
+
+    @override
+    def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
+        adapter = _adapter(req_context)
+        return self._chunks.present([_far_key(key, adapter) for key in keys])
+
+
+def _adapter(req_context: ReqContext) -> str | None:
+    """Hex identity of the request's LoRA adapter; None without one; "" where it has none we trust."""
+    params = req_context.kv_transfer_params
+    return params.get(ADAPTER_PARAM) if params else None
+
+
+def _far_key(key: OffloadKey, adapter: str | None) -> bytes:
+    """The key outside this engine: vLLM hashes an adapter's name, we add what is in it."""
+    if adapter is None:
+        return key
+    return hashlib.blake2b(key[:-4] + bytes.fromhex(adapter), digest_size=32).digest() + key[-4:]
