@@ -1,0 +1,266 @@
+"""The LMCache file, the ``LMCACHE_*`` variables and vLLM's connector options: one frozen Config.
+
+Precedence, highest first: ``kv_connector_extra_config["lmcache.<key>"]``, the file
+(``LMCACHE_CONFIG_FILE``), ``LMCACHE_<KEY>``, the default. KServe's guide and LMCache's own
+documentation promise that the file wins over the environment; LMCache's code (since its
+#1572) lets the variable win. We keep the promise and note every variable that is shadowed.
+``extra_config`` merges by the same rule, key by key.
+
+The environment is read here and nowhere else in this package. What cannot be honoured is a
+``ConfigError`` of one line; what has no effect is one of ``Config.notes``, which the caller logs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, SecretStr
+
+from lmcache_ext.config_keys import KEYS, Key
+from lmcache_ext.config_merge import read_sources
+from lmcache_ext.config_settle import settle
+from lmcache_ext.config_sources import Origin, shown
+from lmcache_ext.config_urls import masked
+from lmcache_ext.config_values import GIB, in_gib
+from lmcache_ext.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "Controller",
+    "Health",
+    "Live",
+    "Management",
+    "Origin",
+    "Peer",
+    "Remote",
+    "load_config",
+    "resolve_chunk_tokens",
+]
+
+MIN_AUTO_ROW_BYTES = 1024 * 1024  # below it the cost of an object outweighs its bytes
+DEFAULT_INSTANCE_ID = "lmcache_default_instance"
+
+Serde = Literal["naive", "cachegen", "fp8", "lossless"]
+
+
+class Frozen(Mapping[str, Any]):
+    """A mapping that cannot be changed, nor what is in it; it pickles."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = {key: _frozen(value) for key, value in items.items()}
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - as many types as there are options
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(masked("", self._items))
+
+
+def _frozen(value: object) -> object:
+    if isinstance(value, Mapping):
+        return Frozen(value)
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _thawed(value: object) -> object:
+    return {key: _thawed(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+FrozenMapping = Annotated[Mapping[str, Any], AfterValidator(Frozen), PlainSerializer(_thawed)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Live(_Part):
+    """What a running server may change; a new file differing elsewhere needs a restart."""
+
+    host_capacity_bytes: int = 5 * GIB  # of the whole engine: all ranks share one region (LMCache: of each rank)
+    disk_capacity_bytes: int | None = None  # of all disk_paths together; None without any
+    min_retrieve_tokens: int = 0
+    save_decode_cache: bool = False
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+
+
+class Remote(_Part):
+    """How to reach ``remote_url``; what the URL itself says wins."""
+
+    username: str | None = None
+    password: SecretStr | None = None
+    database: int | None = None
+    mode: Literal["standalone", "cluster"] = "standalone"
+    tls: bool = False
+    ttl_enabled: bool = False
+    ttl_s: float | None = None
+    num_connections: int = 8
+    request_timeout_s: float | None = None  # None: Config.blocking_timeout_s
+    connect_timeout_s: float | None = None
+    sentinel_service: str = "redismaster"  # REDIS_SERVICE_NAME, LMCache's name and default
+    sentinel_timeout_s: float = 1.0  # REDIS_TIMEOUT
+
+
+class Health(_Part):
+    """When a failing store is left alone, and for how long."""
+
+    ping_interval_s: float = 30.0
+    ping_timeout_s: float = 5.0
+    failures_before_open: int = 10
+    recovery_s: float = 300.0
+
+
+class Peer(_Part):
+    """Peer to peer; kept for a later version."""
+
+    enabled: bool = False
+    host: str | None = None
+    init_ports: tuple[int, ...] = ()
+    lookup_ports: tuple[int, ...] = ()
+    transfer_channel: str | None = None
+
+
+class Controller(_Part):
+    """The controller; kept for a later version."""
+
+    enabled: bool = False
+    pull_url: str | None = None
+    reply_url: str | None = None
+    worker_ports: tuple[int, ...] = ()
+    worker_ids: tuple[int, ...] = ()
+    heartbeat_delay_s: float = 10.0
+    heartbeat_s: float | None = None
+
+
+class Management(_Part):
+    """LMCache's internal API server; kept for a later version."""
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port_start: int = 6999
+    indexes: tuple[int, ...] = ()
+    socket_path_prefix: str | None = None
+
+
+class Config(_Part):
+    """Everything this package was told, typed, with the origin of every setting."""
+
+    chunk_size: int | Literal["auto"] = 256  # tokens; resolve_chunk_tokens makes it vLLM's
+    local_cpu: bool = True
+    cache_policy: Literal["LRU", "ARC", "LFU", "FIFO", "MRU"] = "LRU"
+    disk_paths: tuple[str, ...] = ()
+    disk_io_threads: int = 4
+    disk_direct_io: bool = False
+    local_disk_serde: Serde = "naive"
+    remote_url: str | None = None
+    remote_serde: Serde = "naive"
+    save_unfull_chunk: bool = False  # LMCache 0.3 and older: true
+    enable_async_loading: bool = True
+    blocking_timeout_s: float = 10.0
+    instance_id: str = DEFAULT_INSTANCE_ID
+    live: Live = Live()
+    remote: Remote = Remote()
+    health: Health = Health()
+    peer: Peer = Peer()
+    controller: Controller = Controller()
+    management: Management = Management()
+    extra_config: FrozenMapping = Frozen({})  # as written, options with a typed home included
+    not_needed: FrozenMapping = Frozen({})  # keys of LMCache without effect here
+    origins: Annotated[Mapping[str, Origin], AfterValidator(Frozen), PlainSerializer(_thawed)] = Frozen({})
+    notes: tuple[str, ...] = ()
+
+    def origin(self, key: str) -> Origin:
+        """Where the value of an LMCache key came from."""
+        return self.origins.get(key, Origin("default", "default"))
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """(key, value, origin) of every honoured key and of every other key that was written; secrets masked."""
+        rows = []
+        for key in KEYS.values():
+            if key.use == "honoured" or key.name in self.origins:
+                rows.append((key.name, self._shown(key), self.origin(key.name).text))
+        for name, value in self.extra_config.items():
+            key_name = f"extra_config.{name}"
+            rows.append((key_name, shown(key_name, value), self.origin(key_name).text))
+        return rows
+
+    def _shown(self, key: Key) -> str:
+        if key.home is None:
+            return shown(key.name, self.not_needed[key.name])
+        value: object = self
+        for name in key.home.split("."):
+            value = getattr(value, name)
+        return _words(key.name, value)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, masked(name or "", value) if isinstance(value, str) else value
+
+
+def _words(key: str, value: object) -> str:
+    if isinstance(value, int) and key in ("max_local_cpu_size", "max_local_disk_size"):
+        return in_gib(value)
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(str(masked(key, item)) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(masked(key, value))
+
+
+def load_config(
+    *,
+    path: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    connector_extra: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read every source; see the module's docstring for which wins.
+
+    ``path`` None means the file that ``LMCACHE_CONFIG_FILE`` names, or none. Raises ``ConfigError``.
+    """
+    environ = os.environ if environ is None else environ
+    draft = read_sources(path or environ.get("LMCACHE_CONFIG_FILE") or None, environ, connector_extra or {})
+    settle(draft, environ)
+    return Config(
+        **_nested(draft.values),
+        extra_config=draft.extra,
+        not_needed=draft.not_needed,
+        origins={key: setting.origin for key, setting in draft.settings.items()},
+        notes=draft.notes(),
+    )
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+    """``{"live.log_level": x}`` as ``{"live": {"log_level": x}}``."""
+    result: dict[str, Any] = {}
+    for home, value in values.items():
+        part, _, name = home.rpartition(".")
+        (result.setdefault(part, {}) if part else result)[name] = value
+    return result
+
+
+def resolve_chunk_tokens(config: Config, *, block_tokens: int, bytes_per_block: int) -> int:
+    """Tokens per chunk, a multiple of vLLM's block.
+
+    ``auto`` takes the fewest blocks whose row (``bytes_per_block`` each, of all ranks and
+    layers) is at least 1 MiB. A number that is not a multiple is a ``ConfigError``.
+    """
+    size = config.chunk_size
+    if size == "auto":
+        return block_tokens * max(1, -(-MIN_AUTO_ROW_BYTES // bytes_per_block))
+    if size % block_tokens == 0:
+        return size
+    below = size - size % block_tokens
+    choice = f"{below} or {below + block_tokens}" if below else str(block_tokens)
+    raise ConfigError(
+        f"{config.origin('chunk_size').text}: chunk_size: {size} is not a multiple of vLLM's block of "
+        f"{block_tokens} tokens: write {choice}, or auto"
+    )

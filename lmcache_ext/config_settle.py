@@ -1,0 +1,92 @@
+"""The keys held against each other, once all have been read: what one makes of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lmcache_ext.config_keys import LEGACY_SERDES
+from lmcache_ext.config_merge import Draft
+from lmcache_ext.config_sources import Origin, Setting, refusal
+from lmcache_ext.config_urls import directories, split_url
+from lmcache_ext.config_values import GIB, in_gib, seconds
+
+DEFAULT_DISK_BYTES = 10 * GIB  # LMCache's own default is 0: a disk that stores nothing
+
+
+def settle(draft: Draft, environ: Mapping[str, str]) -> None:
+    """Complete ``draft.values`` and ``draft.notes``; ``ConfigError`` for keys that contradict each other."""
+    _settle_serdes(draft)
+    _settle_disk(draft)
+    _settle_host(draft)
+    _settle_fixed(draft)
+    _add_variables_of_others(draft, environ)
+
+
+def _settle_serdes(draft: Draft) -> None:
+    for key in ("remote_serde", "local_disk_serde"):
+        value = draft.values.get(key)
+        if value in LEGACY_SERDES:
+            draft.note(draft.settings[key], f"{value} is an old name for plain bytes, read as naive")
+            draft.values[key] = "naive"
+
+
+def _settle_disk(draft: Draft) -> None:
+    """One directory store for local_disk, file:// and fs://, always with a limit."""
+    url, limit = draft.settings.get("remote_url"), draft.settings.get("max_local_disk_size")
+    remote = split_url(draft.values["remote_url"]) if "remote_url" in draft.values else None
+    if url and remote and remote.scheme in ("fs", "file") and "disk_paths" not in draft.values:
+        del draft.values["remote_url"]
+        paths = directories(remote.path)
+        draft.values["disk_paths"] = paths
+        draft.note(url, f"is a directory, read as local_disk: {','.join(paths)}")
+    disk = draft.settings.get("local_disk") or url
+    if disk is None or "disk_paths" not in draft.values:
+        if limit is not None and draft.values.pop("live.disk_capacity_bytes"):
+            draft.note(limit, "without effect: no local_disk names a directory")
+    elif limit is None:
+        draft.values["live.disk_capacity_bytes"] = DEFAULT_DISK_BYTES
+        draft.note(disk, "no max_local_disk_size is given: limited to 10 GiB (LMCache would store nothing)")
+    elif not draft.values["live.disk_capacity_bytes"]:
+        where = ",".join(draft.values["disk_paths"])
+        raise refusal(limit, f"lets nothing be stored in {where}: write a size such as 20, or remove local_disk")
+
+
+def _settle_host(draft: Draft) -> None:
+    size = draft.settings.get("max_local_cpu_size")
+    if size is None:
+        return
+    capacity_bytes = draft.values["live.host_capacity_bytes"]
+    if not capacity_bytes and draft.values.get("local_cpu", True):
+        raise refusal(size, "lets nothing be stored in host memory: write a size such as 5, or local_cpu: false")
+    if capacity_bytes:
+        draft.note(size, f"{in_gib(capacity_bytes)} for the whole engine (LMCache: for each rank)")
+
+
+def _settle_fixed(draft: Draft) -> None:
+    """Keys of which only one value can be honoured here."""
+    if draft.values.get("enable_async_loading") is False:
+        draft.note(draft.settings["enable_async_loading"], "loading is always asynchronous here")
+        draft.values["enable_async_loading"] = True
+    if draft.values.get("save_unfull_chunk") is True:
+        draft.note(draft.settings["save_unfull_chunk"], "the smallest unit stored is a block of vLLM")
+
+
+def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:
+    """Variables that LMCache reads under names of their own, and the pod's name as instance id."""
+    scheme = split_url(draft.values["remote_url"]).scheme if "remote_url" in draft.values else ""
+    names = [("POD_NAME", "instance_id"), ("HOSTNAME", "instance_id")]
+    if scheme == "resp":
+        names += [("LMCACHE_RESP_USERNAME", "remote.username"), ("LMCACHE_RESP_PASSWORD", "remote.password")]
+    if scheme == "redis-sentinel":
+        names += [("REDIS_SERVICE_NAME", "remote.sentinel_service"), ("REDIS_TIMEOUT", "remote.sentinel_timeout_s")]
+    for name, home in names:
+        value = environ.get(name, "").strip()
+        if value and home not in draft.values:
+            draft.values[home] = _timeout(name, value) if name == "REDIS_TIMEOUT" else value
+
+
+def _timeout(name: str, value: str) -> float:
+    try:
+        return seconds(value)
+    except ValueError as error:
+        raise refusal(Setting(name, value, Origin("env", "environment")), str(error)) from None
