@@ -1,0 +1,76 @@
+"""``lmcache-ext``: one program, few verbs. A verb is a function from its arguments to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lmcache_ext import __version__
+from lmcache_ext.config import load_config
+from lmcache_ext.config_keys import KEYS, RENAMED
+from lmcache_ext.errors import ConfigError
+
+OK = 0
+REFUSED = 2
+
+
+def check_config(arguments: argparse.Namespace) -> int:
+    """Print what each file amounts to, here and now; 2 if one of them cannot be honoured."""
+    environ = {} if arguments.no_environment else os.environ
+    code = OK
+    for path in arguments.files:
+        try:
+            config = load_config(path=path, environ=environ)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            code = REFUSED
+            continue
+        print(f"{path}: ok")
+        _print_columns(config.describe())
+        for note in config.notes:
+            print(f"note: {note}")
+    return code
+
+
+def keys(_: argparse.Namespace) -> int:
+    """Print every key that is accepted, and what it does here."""
+    rows: list[tuple[str, str, str]] = [(key.name, key.use, key.note) for key in KEYS.values()]
+    rows += [(old, "old name", f"read as {new}") for old, new in RENAMED.items()]
+    rows.append(("local_device", "old name", "read as local_cpu or local_disk"))
+    rows.append(("extra_config", "honoured", "options of the stores, one mapping"))
+    _print_columns(rows)
+    return OK
+
+
+def _print_columns(rows: Sequence[tuple[str, str, str]]) -> None:
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    for first, second, third in rows:
+        print(f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmcache-ext", description="A KV cache for vLLM that outlives the GPU.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    verb = verbs.add_parser("check-config", help="show the effective settings of LMCache files, with their origins")
+    verb.add_argument("files", nargs="+", metavar="FILE")
+    verb.add_argument("--no-environment", action="store_true", help="leave out the LMCACHE_* variables")
+    verb.set_defaults(run=check_config)
+
+    verb = verbs.add_parser("keys", help="list every setting and what it does here")
+    verb.set_defaults(run=keys)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code is 0, or 2 for arguments or a configuration that cannot be honoured."""
+    arguments = _parser().parse_args(argv)
+    code: int = arguments.run(arguments)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
