@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 CONFIG = CACHE / "lmcache_config.yaml"
 
+POLL_S = 2
 KV_TRANSFER = '{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}'
 
 CONFIG_TEXT = """\
@@ -53,7 +54,7 @@ def model_flags(model: str) -> tuple[str, list[str]]:
     if not model:
         tiny = CACHE / "tiny-llama"
         subprocess.run([sys.executable, ROOT / "examples" / "tiny_model.py", tiny], check=True)
-        return "tiny", [f"--model_dir={tiny}"]
+        return "tiny", [f"--model_dir={tiny}", "--enforce-eager"]  # compiling takes longer than it saves here
     name = Path(model).name
     return name, [f"--model_dir={Path(model).resolve()}" if Path(model).is_dir() else f"--model_id={model}"]
 
@@ -85,7 +86,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     while server.poll() is None and not is_ready(options.port):
-        time.sleep(1)
+        time.sleep(POLL_S)
     if server.poll() is None:
         print(READY_TEXT.format(port=options.port, name=name), flush=True)
     return server.wait()
