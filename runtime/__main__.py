@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -16,7 +15,7 @@ def main() -> int:
     argv = sys.argv[1:]
     del sys.argv[1:]  # kserve.model_server parses sys.argv when imported, and takes vLLM's flags for abbreviations
 
-    from runtime.args import engine_environment, parse
+    from runtime.args import parse, set_engine_environment
     from runtime.argv import UsageError
 
     try:
@@ -24,8 +23,7 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, value in engine_environment(settings).items():
-        os.environ.setdefault(name, value)
+    set_engine_environment(settings)
 
     from runtime.logs import configure
     from runtime.server import serve

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.plugin import takes_over
 from runtime.argv import (
@@ -26,6 +27,7 @@ from runtime.argv import (
     Token,
     UsageError,
     check_known,
+    one_line,
     take_kv_transfer,
     tokenize,
     uses_our_cache,
@@ -78,7 +80,7 @@ class Settings:
     http_port: int
     kserve: Namespace  # kserve's own flags
     engine: Namespace  # vLLM's flags
-    our_cache: bool
+    cache_source: str | None  # where our cache's settings come from; None when our cache is off
     tokenize_endpoint: bool
     openai_prefix: str
     notes: tuple[str, ...]
@@ -86,6 +88,10 @@ class Settings:
     @property
     def model_name(self) -> str:
         return self.model_names[0]
+
+    @property
+    def our_cache(self) -> bool:
+        return self.cache_source is not None
 
     @property
     def shutdown_timeout_s(self) -> int:
@@ -96,7 +102,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse without the page of usage: an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.replace("invalid <lambda> value", "not a boolean"))
+        raise UsageError(one_line(message).replace("invalid <lambda> value", "not a boolean"))
 
 
 def parse(argv: Iterable[str]) -> Settings:
@@ -108,8 +114,7 @@ def parse(argv: Iterable[str]) -> Settings:
     tokens = [Token(ALIASES.get(token.name or "", token.name), token.value) for token in tokens]
     tokens, kv_config = take_kv_transfer(tokens, notes)
     kv_config = wire_connector(kv_config, ours=takes_over()) if kv_config is not None else None
-    if uses_our_cache(kv_config):
-        _check_cache_config(kv_config or {})
+    cache_source = _check_cache(kv_config) if kv_config is not None and uses_our_cache(kv_config) else None
     own_parser = _own_parser()
     own, rest = _parse_own(own_parser, tokens)
     _check_own(own, notes)
@@ -124,20 +129,18 @@ def parse(argv: Iterable[str]) -> Settings:
         http_port=own.http_port,
         kserve=own,
         engine=engine,
-        our_cache=uses_our_cache(kv_config),
+        cache_source=cache_source,
         tokenize_endpoint=own.enable_tokenize_endpoint,
         openai_prefix=os.environ.get("KSERVE_OPENAI_ROUTE_PREFIX", "/openai").rstrip("/"),
         notes=tuple(notes.lines),
     )
 
 
-def engine_environment(settings: Settings) -> dict[str, str]:
-    """Variables vLLM's processes read; set those the user left unset before the engine starts."""
-    return {
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # workers get this long to flush; vLLM's default of 5 s would cut a flush short (vllm.envs)
-        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(settings.shutdown_timeout_s),
-    }
+def set_engine_environment(settings: Settings) -> None:
+    """Set the variables vLLM's processes read, where the user left them unset. Call before the engine starts."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # workers get this long to flush; vLLM's default of 5 s would cut a flush short (vllm.envs)
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(settings.shutdown_timeout_s))
 
 
 def _expand_config_file(tokens: list[Token], notes: Notes) -> list[Token]:
@@ -158,7 +161,7 @@ def _config_words(path: Path) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: expected a mapping of flags to values")
     words: list[str] = []
@@ -176,13 +179,13 @@ def _yaml_word(value: object) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _check_cache_config(kv_config: Mapping[str, Any]) -> None:
-    from lmcache_ext.config import load_config
-
+def _check_cache(kv_config: Mapping[str, Any]) -> str:
+    """Read the cache's settings as the engine will, so that a bad one ends the start here; returns their source."""
     try:
-        load_config()
+        load_config(connector_extra=kv_config.get("kv_connector_extra_config"))
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    return os.environ.get("LMCACHE_CONFIG_FILE") or "LMCACHE_* variables"
 
 
 def _own_parser() -> argparse.ArgumentParser:
@@ -304,7 +307,7 @@ def _parse_engine(
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class EngineParser(_Parser, FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's parsers are untyped
+    class EngineParser(_Parser, FlexibleArgumentParser):
         """vLLM's parser with one-line errors."""
 
     parser = make_arg_parser(EngineParser(prog="python -m runtime"))
@@ -323,7 +326,7 @@ def _parse_engine(
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(one_line(error)) from None
     if args.model_tag is not None:
         raise UsageError(f"unexpected argument {args.model_tag!r}")
     return args  # type: ignore[no-any-return]

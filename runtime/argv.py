@@ -26,6 +26,12 @@ class UsageError(Exception):
     """The command line or what it points at is wrong; the message is one line and the exit code 2."""
 
 
+def one_line(message: object) -> str:
+    """A message of pydantic's or argparse's, without line breaks and links to its documentation."""
+    lines = (line.strip() for line in str(message).splitlines())
+    return " ".join(line for line in lines if line and not line.startswith("For further information"))
+
+
 @dataclass(frozen=True)
 class Token:
     """One flag with its inline value, or one bare word."""
@@ -84,7 +90,7 @@ def _unquote(value: str, name: str | None, notes: Notes) -> str:
     """A YAML list item is not a shell word: `--flag='{"a":1}'` arrives with its quotes (KServe's own example)."""
     text = value.strip()
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-    if not quoted or (text[0] == '"' and not text[1:2] in ("{", "[")):
+    if not quoted or (text[0] == '"' and text[1:2] not in ("{", "[")):
         return value
     notes.add(f"{name or 'argument'}: took off literal {text[0]} quotes (YAML lists need none)")
     return text[1:-1]

@@ -16,10 +16,10 @@ from kserve.protocol.dataplane import DataPlane
 from runtime.model import EngineModel
 
 
-class EngineDataPlane(DataPlane):  # type: ignore[misc]  # kserve is untyped
+class EngineDataPlane(DataPlane):
     """KServe's data plane; kserve's own answers "alive" and "ready" whatever happened to the engine (kserve#6259)."""
 
-    async def live(self) -> dict[str, str]:  # type: ignore[override]  # a staticmethod in kserve
+    async def live(self) -> dict[str, str]:
         """`{"status": "alive"}`; raises ServerNotLive (503) once an engine has died."""
         if any(model.dead for model in self._engines()):
             raise ServerNotLive("The engine has died.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from kserve.model import BaseKServeModel
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -21,9 +23,12 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from runtime.argv import UsageError, one_line
+
 logger = logging.getLogger("runtime")
 
 WATCH_INTERVAL_S = 0.25
+KILL_WAIT_S = 2.0
 
 
 class State(enum.Enum):
@@ -36,7 +41,7 @@ class State(enum.Enum):
     DEAD = "dead"
 
 
-class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
+class EngineModel(BaseKServeModel):
     """A Huggingface model served by vLLM, as KServe sees it.
 
     Thread: everything on the event loop, except `_build` and `_shutdown`, which block and run on a
@@ -51,6 +56,7 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
         self.state = State.LOADING
         self.engine_args = engine_args
         self.client: Any = None  # vllm's AsyncLLM once loaded
+        self._processes: list[psutil.Process] = []  # all below us; a dead EngineCore's workers are nobody's children
 
     def load(self) -> bool:
         """Says whether it is ready: kserve calls this on requests and must not wake anything."""
@@ -64,6 +70,7 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
         loop = asyncio.get_running_loop()
         client = await loop.run_in_executor(None, self._build)
         self.client = client
+        self._processes = psutil.Process().children(recursive=True)
         await client.reset_mm_cache()
         freeze_gc_heap()
 
@@ -81,8 +88,12 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
         validate_api_server_args(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
+        try:
+            config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except (ValueError, TypeError, OSError) as error:  # arguments that do not fit the model, or no such model
+            raise UsageError(one_line(error)) from error
         return AsyncLLM.from_vllm_config(
-            vllm_config=engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER),
+            vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
@@ -91,8 +102,8 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has died under us."""
-        return self.state is State.DEAD or (self.client is not None and self.client.errored)
+        """Whether the engine has died under us; one that we end ourselves has not."""
+        return self.state is State.DEAD or (self.state is State.SERVING and self.client.errored)
 
     async def healthy(self) -> bool:
         """Ready to answer a request: serving, and the engine alive."""
@@ -106,7 +117,8 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
             if not self.engine_args.disable_log_stats and time.monotonic() >= next_stats:
                 await self.client.do_log_stats()
                 next_stats = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
-        self.state = State.DEAD
+        if self.state is State.SERVING:
+            self.state = State.DEAD
         self.ready = False
 
     def drain(self) -> None:
@@ -125,6 +137,10 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop the engine; it has `timeout_s` to flush pending stores before it is killed."""
+        self.drain()
+        idle = self.client is not None and self.client.get_num_unfinished_requests() == 0
+        if idle and self.client.output_handler is not None:
+            self.client.output_handler.cancel()  # or it reports the engine's orderly end as a crash
         await asyncio.get_running_loop().run_in_executor(None, self._shutdown, timeout_s)
 
     def _shutdown(self, timeout_s: float) -> None:
@@ -133,29 +149,23 @@ class EngineModel(BaseKServeModel):  # type: ignore[misc]  # kserve is untyped
             self.client.shutdown(timeout=timeout_s)
         if self.state is not State.DEAD:
             self.state = State.STOPPED
-        kill_descendants(grace_s=0.0)
+        end_processes(self._processes, grace_s=0.0)
 
 
-def kill_descendants(grace_s: float) -> None:
-    """End every process below this one: SIGTERM, `grace_s` to obey, then SIGKILL."""
-    children = psutil.Process().children(recursive=True)
-    for signal_name in ("terminate", "kill"):
-        for child in children:
-            if not _is_resource_tracker(child):
-                _send(child, signal_name)
-        _, children = psutil.wait_procs(children, timeout=grace_s if signal_name == "terminate" else 2.0)
+def end_processes(known: Iterable[psutil.Process] = (), *, grace_s: float) -> None:
+    """End `known` and every process below this one: SIGTERM, `grace_s` to obey, then SIGKILL. Blocks."""
+    found = {*known, *psutil.Process().children(recursive=True)}
+    alive = [process for process in found if not _is_resource_tracker(process)]
+    for signal_name, wait_s in (("terminate", grace_s), ("kill", KILL_WAIT_S)):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, signal_name)()
+        _, alive = psutil.wait_procs(alive, timeout=wait_s)
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    """Python's own helper that unlinks leaked semaphores and memory: it ends with us, and must outlast the others."""
+    """Python's own helper that unlinks leaked memory: it ends by itself, after those it cleans up for."""
     try:
         return any("resource_tracker" in word for word in process.cmdline())
     except psutil.Error:
         return False
-
-
-def _send(process: psutil.Process, signal_name: str) -> None:
-    try:
-        getattr(process, signal_name)()
-    except psutil.NoSuchProcess:
-        pass

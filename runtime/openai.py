@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -17,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import envs
+from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
 from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completion
@@ -41,7 +41,7 @@ class ExitRequest:
     should_exit = False
 
 
-class GuardAll(AuthenticationMiddleware):  # type: ignore[misc]  # vLLM is untyped here
+class GuardAll(AuthenticationMiddleware):
     """vLLM's key check on the paths it leaves open (/tokenize, /score, /pooling, ...)."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ class GuardAll(AuthenticationMiddleware):  # type: ignore[misc]  # vLLM is untyp
         await self.app(scope, receive, send)
 
 
-async def build_openai_app(client: Any, args: Namespace, *, tokenize_endpoint: bool) -> FastAPI:
+async def build_openai_app(client: EngineClient, args: Namespace, *, tokenize_endpoint: bool) -> FastAPI:
     """vLLM's routers for what the model can do, with vLLM's state, errors, CORS and API keys."""
     tasks = await client.get_supported_tasks()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
@@ -121,7 +121,12 @@ class Gate:
                 self._idle.set()
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = {"message": f"Unavailable: {self._reason}.", "type": "ServiceUnavailableError", "param": None, "code": 503}
+        error = {
+            "message": f"Unavailable: {self._reason}.",
+            "type": "ServiceUnavailableError",
+            "param": None,
+            "code": 503,
+        }
         headers = {"Retry-After": "5", "Connection": "close"}
         await JSONResponse({"error": error}, status_code=503, headers=headers)(scope, receive, send)
 

@@ -35,7 +35,7 @@ from kserve.protocol.rest.v2_endpoints import V2Endpoints, register_v2_endpoints
 from runtime.args import Settings
 from runtime.argv import UsageError
 from runtime.health import EngineDataPlane
-from runtime.model import EngineModel, kill_descendants
+from runtime.model import EngineModel, end_processes
 from runtime.openai import Gate, build_openai_app, openai_routes
 
 logger = logging.getLogger("runtime")
@@ -47,7 +47,7 @@ HTTP_CLOSE_S = 5  # for connections still open after the engine has ended
 UNSERVED = (":predict", ":explain", "/infer", "/load", "/unload")
 
 
-class _QuietServer(_RefreshingServer):  # type: ignore[misc]  # kserve is untyped
+class _QuietServer(_RefreshingServer):
     """uvicorn without signal handlers of its own: EngineServer orders the end."""
 
     @contextlib.contextmanager
@@ -55,7 +55,7 @@ class _QuietServer(_RefreshingServer):  # type: ignore[misc]  # kserve is untype
         yield
 
 
-class HttpServer(RESTServer):  # type: ignore[misc]  # kserve is untyped
+class HttpServer(RESTServer):
     """kserve's routes that mean something for an engine, and the OpenAI gate."""
 
     def __init__(self, server: EngineServer, gate: Gate, prefix: str, sock: socket.socket) -> None:
@@ -111,7 +111,7 @@ async def _unavailable(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error)}, status_code=503)
 
 
-class EngineServer(ModelServer):  # type: ignore[misc]  # kserve is untyped
+class EngineServer(ModelServer):
     """One engine, one HTTP port. `start` returns when all is over and leaves `exit_code`."""
 
     def __init__(self, settings: Settings) -> None:
@@ -140,7 +140,7 @@ class EngineServer(ModelServer):  # type: ignore[misc]  # kserve is untyped
         for name in (*self.settings.model_names, *lora_names):
             self.register_model(model, name)
         sock = self._bind()
-        loop_factory = uvicorn.Config("", loop=self.event_loop).get_loop_factory()
+        loop_factory = uvicorn.Config("", loop=self.event_loop, log_config=None).get_loop_factory()
         with sock, asyncio.Runner(loop_factory=loop_factory) as runner:
             self.exit_code = runner.run(self._run(model, sock))
 
@@ -185,9 +185,7 @@ class EngineServer(ModelServer):  # type: ignore[misc]  # kserve is untyped
     async def _load(self, model: EngineModel, gate: Gate) -> None:
         await model.start_engine()
         settings = self.settings
-        gate.attach(
-            await build_openai_app(model.client, settings.engine, tokenize_endpoint=settings.tokenize_endpoint)
-        )
+        gate.attach(await build_openai_app(model.client, settings.engine, tokenize_endpoint=settings.tokenize_endpoint))
         model.serve()
         logger.info("%s", start_line(settings))
 
@@ -229,8 +227,7 @@ def start_line(settings: Settings) -> str:
     scheme = "https" if settings.kserve.ssl_certfile else "http"
     url = f"{scheme}://{settings.http_host}:{settings.http_port}{settings.openai_prefix}/v1"
     if settings.our_cache:
-        source = os.environ.get("LMCACHE_CONFIG_FILE", "LMCACHE_* variables")
-        cache = f"on ({settings.engine.kv_transfer_config.kv_connector}, {source})"
+        cache = f"on ({settings.engine.kv_transfer_config.kv_connector}, settings from {settings.cache_source})"
     elif settings.engine.kv_transfer_config is not None:
         cache = f"{settings.engine.kv_transfer_config.kv_connector}, not ours"
     else:
@@ -247,9 +244,9 @@ def _catch_signals() -> asyncio.Queue[int]:
 
 
 def _abandon(number: int) -> None:
-    """End a start that a signal interrupted. The thread that builds the engine cannot be stopped, so we leave by force."""
+    """End a start that a signal interrupted: by force, as the thread that builds the engine cannot be stopped."""
     logger.info("Got %s while loading; ending", signal.Signals(number).name)
-    kill_descendants(grace_s=2.0)
+    end_processes(grace_s=2.0)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -257,7 +254,7 @@ def _abandon(number: int) -> None:
 
 
 def _failed_start(error: BaseException) -> int:
-    kill_descendants(grace_s=2.0)
+    end_processes(grace_s=2.0)
     if isinstance(error, UsageError):
         print(f"error: {error}", file=sys.stderr)
         return 2
