@@ -197,9 +197,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="also make a random LoRA adapter for it, in this directory")
     args = parser.parse_args()
-    path = build(
-        args.path, args.arch, layers=args.layers, hidden=args.hidden, kv_heads=args.kv_heads, seed=args.seed
-    )
+    path = build(args.path, args.arch, layers=args.layers, hidden=args.hidden, kv_heads=args.kv_heads, seed=args.seed)
     print(path)
     if args.lora:
         print(build_lora(args.lora, path))
