@@ -6,17 +6,25 @@ import copy
 import logging
 
 from kserve.logging import KSERVE_LOG_CONFIG, configure_logging
+from vllm.logging_utils import UvicornAccessLogFilter
 
 from runtime.args import Settings
 
+PROBE_PATHS = ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready")  # one line every few seconds each
+
 
 def configure(settings: Settings) -> None:
-    """Apply --configure_logging, --log_config_file and --disable-uvicorn-access-log."""
-    own = settings.kserve
+    """Apply the flags on logging; without --disable-access-log-for-endpoints, probes leave no access lines."""
+    own, engine = settings.kserve, settings.engine
     if own.configure_logging:
         configure_logging(own.log_config_file or _default_config())
-    if settings.engine.disable_uvicorn_access_log:
-        logging.getLogger("uvicorn.access").handlers.clear()
+    access = logging.getLogger("uvicorn.access")
+    if engine.disable_uvicorn_access_log:
+        access.handlers.clear()
+        return
+    chosen = engine.disable_access_log_for_endpoints
+    paths = PROBE_PATHS if chosen is None else tuple(path.strip() for path in chosen.split(",") if path.strip())
+    access.addFilter(UvicornAccessLogFilter(excluded_paths=list(paths)))
 
 
 def _default_config() -> dict[str, object]:

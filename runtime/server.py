@@ -258,5 +258,6 @@ def _failed_start(error: BaseException) -> int:
     if isinstance(error, UsageError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    logger.error("The engine did not start: %s", error, exc_info=error)
+    # a RuntimeError is vLLM's word for "see above": the engine's process has printed its own traceback
+    logger.error("The engine did not start: %s", error, exc_info=None if isinstance(error, RuntimeError) else error)
     return 1

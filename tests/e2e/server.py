@@ -64,7 +64,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_timeout_s = ready_timeout_s
         self._wait = wait
-        self._args = [*self._base_args(max_model_len), *args]
+        self._args = [*self._base_args(max_model_len), *args]  # the caller's come last and win
         self._env = {**_base_env(kv_space_gib, cores), **(env or {})}
         self._client = httpx.Client(base_url=self.url, timeout=120.0)
         self._seen: dict[int, psutil.Process] = {}
@@ -213,7 +213,7 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def tail(self, lines: int = 40) -> str:
+    def tail(self, lines: int = 120) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
 
     # ---- HTTP
