@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmcache_ext.stores.base import NAMESPACE_BYTES
 from lmcache_ext.stores.disk_io import DIRECTORY_MODE, FILE_MODE, unlink_if_there
@@ -31,8 +32,7 @@ _TEMPORARY = re.compile(r"[0-9a-f]{32}\.tmp")
 _LEASE = re.compile(r"[0-9a-f]{32}-([0-9]{1,19})\.lease")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """One object, ordered by age: the least recently used first."""
 
     mtime: float

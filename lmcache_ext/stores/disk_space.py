@@ -43,7 +43,9 @@ from lmcache_ext.stores.disk_scan import (
     server_time,
 )
 
-MAX_LEASE_BYTES = 256 * 1024**2
+SMALL_LEASE_BYTES = 256 * 1024**2
+"""A lease of more is taken only from large stores, where a walk over the tree costs seconds."""
+
 REFRESH_S = STALE_S / 10
 """A lease older than this is touched, and so found to be still ours, before it is written from."""
 
@@ -132,7 +134,7 @@ class Space:
         """The file system is full: evict a sixteenth, or `num_bytes` if that is more. Whether it helped."""
         with self._renewing:
             listing = self._walk(self._now())
-            wanted = max(num_bytes, min(listing.num_bytes // 16, MAX_LEASE_BYTES))
+            wanted = max(num_bytes, min(listing.num_bytes // 16, SMALL_LEASE_BYTES))
             return self._evict(listing, wanted) > 0
 
     def set_capacity(self, capacity_bytes: int | None) -> None:
@@ -192,13 +194,13 @@ class Space:
     def _lease_sizes(self, num_bytes: int, capacity: int) -> Iterator[int]:
         """A size that buys a while without looking around, then just what is needed.
 
-        A sixteenth of the capacity, less where there are more than four writers: room that is spoken for
-        holds no objects.
+        A sixteenth of the capacity up to SMALL_LEASE_BYTES, a sixty-fourth beyond; less where there are more
+        than four writers: room that is spoken for holds no objects.
         """
         num_others = 0
         with suppress(OSError):
             num_others = len(os.listdir(f"{self.root}/.leases"))
-        roomy = min(capacity // 16, capacity // 4 // (num_others + 1), MAX_LEASE_BYTES)
+        roomy = min(capacity // 16, max(capacity // 64, SMALL_LEASE_BYTES), capacity // 4 // (num_others + 1))
         if roomy > num_bytes:
             yield roomy
         yield num_bytes
