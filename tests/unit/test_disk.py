@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lmcache_ext.errors import ConfigError, StoreFull, StoreUnavailable
+from lmcache_ext.stores import disk
 from lmcache_ext.stores.base import Store
-from lmcache_ext.stores.disk import TOUCH_S, DiskStore
-from lmcache_ext.stores.disk_scan import STALE_S, object_path
+from lmcache_ext.stores.disk import MAX_DIRECTORY_ATTEMPTS, TOUCH_S, DiskStore
+from lmcache_ext.stores.disk_scan import STALE_S, make_directory, object_path
 from tests.contracts.store_contract import (
     NAMESPACE,
     OTHER_NAMESPACE,
@@ -291,28 +292,25 @@ def test_directories_deleted_under_our_feet_are_made_again(tmp_path: Path, capac
     assert store.ping() >= 0
 
 
-def test_a_directory_pruned_again_and_again_does_not_fail_a_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_times", "is_written"), [(3, True), (MAX_DIRECTORY_ATTEMPTS, False)])
+def test_a_directory_pruned_as_soon_as_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_times: int, is_written: bool
+) -> None:
+    made: list[str] = []
+
+    def make_and_lose(root: str, path: str) -> None:
+        make_directory(root, path)
+        made.append(path)
+        if len(made) <= num_times:
+            os.rmdir(path)
+            os.rmdir(os.path.dirname(path))
+
+    monkeypatch.setattr(disk, "make_directory", make_and_lose)
     store = DiskStore([str(tmp_path)], None)
-    leaf = Path(object_path(str(tmp_path), key_of("a"))).parent
-    done = threading.Event()
-
-    def prune() -> None:
-        while not done.is_set():
-            for directory in (leaf, leaf.parent):
-                try:
-                    os.rmdir(directory)
-                except OSError:
-                    continue
-
-    pruner = threading.Thread(target=prune)
-    pruner.start()
-    try:
-        for _ in range(50):
-            store.put(key_of("a"), views(b"x"))
-            store.delete([key_of("a")])
-    finally:
-        done.set()
-        pruner.join()
+    expected = nullcontext() if is_written else pytest.raises(StoreUnavailable, match="vanished 8 times")
+    with expected:
+        store.put(key_of("a"), views(b"x"))
+    assert store.exists([key_of("a")]) == [is_written]
 
 
 def test_a_root_that_is_a_file_is_unavailable_not_a_crash(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lmcache_ext.stores.disk_space import Lease, Space
 from tests.contracts.store_contract import NAMESPACE, get, key_of, views
 
 KIB = 1024
+NUM_WRITES = 120
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 WRITER = """
@@ -85,7 +87,7 @@ def still(processes: list[subprocess.Popen[str]]) -> bool:
 @pytest.mark.parametrize("capacity", [4 * KIB * KIB, 200 * KIB], ids=["roomy", "three_objects"])
 def test_processes_writing_at_once_stay_under_the_limit(tmp_path: Path, capacity: int) -> None:
     """Frozen at many moments, the files never sum up to more than the capacity."""
-    writers = [start_writer(tmp_path, capacity, seed, num_writes=150) for seed in range(3)]
+    writers = [start_writer(tmp_path, capacity, seed, NUM_WRITES) for seed in range(3)]
     try:
         for writer in writers:
             assert writer.stdout is not None
@@ -95,12 +97,14 @@ def test_processes_writing_at_once_stay_under_the_limit(tmp_path: Path, capacity
             samples.append(stored_bytes(tmp_path))
             for writer in writers:
                 os.kill(writer.pid, signal.SIGCONT)
-        outcomes = [json.loads(writer.communicate(timeout=30)[0]) for writer in writers]
+            time.sleep(0.002)  # or they hardly ever run
+        outcomes = [json.loads(writer.stdout.read()) for writer in writers if writer.stdout is not None]
     finally:
         for writer in writers:
             writer.kill()
-            writer.wait()
-    assert len(samples) > 5
+            writer.communicate()
+    assert samples
+    assert [sum(outcome.values()) for outcome in outcomes] == [2 * NUM_WRITES] * len(writers)
     assert max(samples) <= capacity
     assert stored_bytes(tmp_path) <= capacity
     assert not list(tmp_path.rglob("*.tmp"))
@@ -158,6 +162,26 @@ def test_small_writes_share_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for index in range(200):
         store.put(key_of(str(index)), views(b"x" * KIB))
     assert len(walks) == 2
+
+
+@pytest.mark.parametrize(
+    ("capacity", "num_others", "size", "expected"),
+    [
+        (160 * KIB, 0, KIB, [10 * KIB, KIB]),
+        (160 * KIB, 0, 10 * KIB, [10 * KIB]),
+        (160 * KIB, 3, KIB, [10 * KIB, KIB]),
+        (160 * KIB, 9, KIB, [4 * KIB, KIB]),
+        (8 * KIB**3, 0, KIB, [256 * KIB**2, KIB]),
+        (1024 * KIB**3, 0, KIB, [16 * KIB**3, KIB]),
+    ],
+)
+def test_a_lease_is_a_share_of_the_capacity(
+    tmp_path: Path, capacity: int, num_others: int, size: int, expected: list[int]
+) -> None:
+    (tmp_path / ".leases").mkdir()
+    for index in range(num_others):
+        (tmp_path / ".leases" / f"{index:032x}-1.lease").touch()
+    assert list(Space(str(tmp_path), capacity)._lease_sizes(size, capacity)) == expected
 
 
 def test_leases_of_others_are_not_paid_for_with_everything_stored(tmp_path: Path) -> None:
