@@ -124,7 +124,8 @@ def _host_bytes(config: Config, row_bytes: int, chunk_tokens: int, num_groups: i
     wanted = config.live.host_capacity_bytes
     if not config.local_cpu:
         rows = _STAGED_PROMPTS * num_groups * -(-max_model_len // chunk_tokens)
-        wanted = min(wanted, max(rows, 2) * row_bytes)
+        staged = max(rows, 2) * row_bytes
+        wanted = min(wanted, staged) if wanted else staged
         logger.info("local_cpu is off: %d bytes of host memory stage chunks for the tiers behind it", wanted)
     origin = config.origin("max_local_cpu_size")
     memory = read_host_memory()

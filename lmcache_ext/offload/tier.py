@@ -292,7 +292,8 @@ class StoredTier(SecondaryTierManager):
             return "unidentified_adapter"
         if self._store.is_open(READ) or self._store.is_open(WRITE):
             return "circuit_open"
-        if self._pending_stores + len(job_metadata.keys) > self._limits.max_pending_stores:
+        pending = self._pending_stores  # one job alone is never too much: it fitted into the rows
+        if pending and pending + len(job_metadata.keys) > self._limits.max_pending_stores:
             return "backlog"
         return None
 
