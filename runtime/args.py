@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.plugin import takes_over
@@ -27,6 +25,7 @@ from runtime.argv import (
     Token,
     UsageError,
     check_known,
+    expand_config_file,
     one_line,
     take_kv_transfer,
     tokenize,
@@ -52,7 +51,28 @@ REFUSED = {
     "--headless": "one container is one server here",
     "--grpc": "there is no gRPC OpenAI protocol; use HTTP",
     "--data-parallel-multi-port-external-lb": "scale with replicas of the InferenceService",
+    "--ssl-ca-certs": "client certificates are the mesh's or the gateway's to check",
+    "--ssl-cert-reqs": "client certificates are the mesh's or the gateway's to check",
 }
+# flags of vLLM's own HTTP server that this one has no use for
+WITHOUT_EFFECT = frozenset(
+    {
+        "--root-path",
+        "--ssl-ciphers",
+        "--enable-ssl-refresh",  # certificates are always refreshed
+        "--disable-fastapi-docs",
+        "--enable-offline-docs",
+        "--h11-max-incomplete-event-size",
+        "--h11-max-header-count",
+        "--enable-server-load-tracking",
+        "--enable-scale-out",
+        "--tokens-only",
+        "--api-server-count",
+    }
+)
+PARALLEL = frozenset(
+    {"-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size"}
+)
 # huggingfaceserver's flags for its own transformers backend: no meaning in front of vLLM
 IGNORED_SWITCHES = (
     "--disable_lower_case",
@@ -108,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Iterable[str]) -> Settings:
     """Read the command line. Raises UsageError with one line; SystemExit(0) after --help."""
     notes = Notes()
-    tokens = _expand_config_file(tokenize(argv, notes), notes)
+    tokens = expand_config_file(tokenize(argv, notes), notes)
     if tokens and tokens[0] == Token(None, "serve"):
         tokens = tokens[1:]
     tokens = [Token(ALIASES.get(token.name or "", token.name), token.value) for token in tokens]
@@ -119,7 +139,7 @@ def parse(argv: Iterable[str]) -> Settings:
     own, rest = _parse_own(own_parser, tokens)
     _check_own(own, notes)
     model = _model(own, rest)
-    engine = _parse_engine(rest, own, own_parser, kv_config, model)
+    engine = _parse_engine(rest, own, own_parser, kv_config, model, notes)
     names = _model_names(own, engine, model)
     engine.served_model_name = list(names)
     return Settings(
@@ -141,42 +161,6 @@ def set_engine_environment(settings: Settings) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # workers get this long to flush; vLLM's default of 5 s would cut a flush short (vllm.envs)
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(settings.shutdown_timeout_s))
-
-
-def _expand_config_file(tokens: list[Token], notes: Notes) -> list[Token]:
-    """`--config FILE` is vLLM's YAML of flags: its words go first, so that the command line wins."""
-    for index, token in enumerate(tokens):
-        if token.name != "--config":
-            continue
-        inline = token.value is not None
-        value = token if inline else (tokens[index + 1] if index + 1 < len(tokens) else None)
-        if value is None or value.value is None or (value.name is not None and not inline):
-            raise UsageError("--config needs a file")
-        words = _config_words(Path(value.value))
-        return tokenize(words, notes) + tokens[:index] + tokens[index + (1 if inline else 2) :]
-    return tokens
-
-
-def _config_words(path: Path) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: expected a mapping of flags to values")
-    words: list[str] = []
-    for key, value in content.items():
-        if isinstance(value, bool):
-            words.append(f"--{key}={str(value).lower()}")
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        else:
-            words.append(f"--{key}={_yaml_word(value)}")
-    return words
-
-
-def _yaml_word(value: object) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _check_cache(kv_config: Mapping[str, Any]) -> str:
@@ -302,6 +286,7 @@ def _parse_engine(
     own_parser: argparse.ArgumentParser,
     kv_config: dict[str, Any] | None,
     model: str,
+    notes: Notes,
 ) -> Namespace:
     """vLLM's flags, through vLLM's own parser; ours go in front so that the user's win."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -316,8 +301,11 @@ def _parse_engine(
     if any(token.name in ("-h", "--help") for token in rest):
         own_parser.print_help()
         parser.parse_args(["--help"])
-    given = {token.name for token in rest}
-    defaults = [word for word in (*ENGINE_DEFAULTS, *TASKS.get(own.task or "", ())) if word.split("=")[0] not in given]
+    given = {token.root for token in rest}
+    for flag in sorted(WITHOUT_EFFECT & given):
+        notes.add(f"{flag}: ignored, it has no effect in this server")
+    defaults = [*ENGINE_DEFAULTS, *TASKS.get(own.task or "", ()), *([] if PARALLEL & given else _all_gpus(notes))]
+    defaults = [word for word in defaults if word.split("=")[0] not in given]
     words = [word for token in rest for word in _engine_words(token, actions)]
     fixed = [f"--model={model}"]
     fixed += [f"--revision={own.model_revision}"] if own.model_revision else []
@@ -330,6 +318,17 @@ def _parse_engine(
     if args.model_tag is not None:
         raise UsageError(f"unexpected argument {args.model_tag!r}")
     return args  # type: ignore[no-any-return]
+
+
+def _all_gpus(notes: Notes) -> list[str]:
+    """Use every GPU the pod was given, as huggingfaceserver does."""
+    from vllm.platforms import current_platform
+
+    count = current_platform.device_count() if current_platform.is_cuda_alike() else 1
+    if count <= 1:
+        return []
+    notes.add(f"--tensor-parallel-size={count}: one rank for each GPU; set it to use fewer")
+    return [f"--tensor-parallel-size={count}"]
 
 
 def _engine_words(token: Token, actions: Mapping[str, argparse.Action]) -> list[str]:

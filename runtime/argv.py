@@ -12,7 +12,10 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lmcache_ext.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, CONNECTOR_NAMES
 
@@ -94,6 +97,42 @@ def _unquote(value: str, name: str | None, notes: Notes) -> str:
         return value
     notes.add(f"{name or 'argument'}: took off literal {text[0]} quotes (YAML lists need none)")
     return text[1:-1]
+
+
+def expand_config_file(tokens: list[Token], notes: Notes) -> list[Token]:
+    """`--config FILE` is vLLM's YAML of flags: its words go first, so that the command line wins."""
+    for index, token in enumerate(tokens):
+        if token.name != "--config":
+            continue
+        inline = token.value is not None
+        value = token if inline else (tokens[index + 1] if index + 1 < len(tokens) else None)
+        if value is None or value.value is None or (value.name is not None and not inline):
+            raise UsageError("--config needs a file")
+        words = _config_words(Path(value.value))
+        return tokenize(words, notes) + tokens[:index] + tokens[index + (1 if inline else 2) :]
+    return tokens
+
+
+def _config_words(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: expected a mapping of flags to values")
+    words: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, bool):
+            words.append(f"--{key}={str(value).lower()}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={_yaml_word(value)}")
+    return words
+
+
+def _yaml_word(value: object) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def check_known(tokens: Iterable[Token], known: Collection[str]) -> None:

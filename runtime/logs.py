@@ -18,6 +18,7 @@ def configure(settings: Settings) -> None:
     own, engine = settings.kserve, settings.engine
     if own.configure_logging:
         configure_logging(own.log_config_file or _default_config())
+    logging.getLogger("uvicorn").setLevel(engine.uvicorn_log_level.replace("trace", "debug").upper())
     access = logging.getLogger("uvicorn.access")
     if engine.disable_uvicorn_access_log:
         access.handlers.clear()

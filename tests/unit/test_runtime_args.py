@@ -144,6 +144,24 @@ def test_huggingfaceservers_own_flags_are_noted(model):
     assert settings.notes == ("--disable_lower_case: ignored, it has no effect with vLLM",)
 
 
+def test_flags_of_vllms_own_server_are_noted(model):
+    settings = parse(["--model_dir", model, "--root_path=/x", "--api-server-count", "1"])
+    assert settings.notes == (
+        "--api-server-count: ignored, it has no effect in this server",
+        "--root-path: ignored, it has no effect in this server",
+    )
+
+
+def test_every_gpu_of_the_pod_is_used_unless_told_otherwise(model, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "device_count", lambda *_: 4, raising=False)
+    assert parse(["--model_dir", model]).engine.tensor_parallel_size == 4
+    assert parse(["--model_dir", model, "-tp", "2"]).engine.tensor_parallel_size == 2
+    assert parse(["--model_dir", model, "--pipeline_parallel_size=4"]).engine.tensor_parallel_size == 1
+
+
 def test_an_embedding_task_is_vllms_pooling(model):
     settings = parse(["--model_dir", model, "--task=text_embedding"])
     assert (settings.engine.runner, settings.engine.convert) == ("pooling", "embed")

@@ -25,7 +25,9 @@ def access_logger():
 
 
 def configure(endpoints: str | None) -> None:
-    engine = Namespace(disable_uvicorn_access_log=False, disable_access_log_for_endpoints=endpoints)
+    engine = Namespace(
+        disable_uvicorn_access_log=False, disable_access_log_for_endpoints=endpoints, uvicorn_log_level="info"
+    )
     logs.configure(SimpleNamespace(kserve=Namespace(configure_logging=False), engine=engine))
 
 
