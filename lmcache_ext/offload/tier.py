@@ -38,6 +38,7 @@ from lmcache_ext.errors import StoreTimeout
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.serde.base import Serde
+from lmcache_ext.stores.base import Usage
 from lmcache_ext.stores.guard import READ, WRITE, Guarded
 from lmcache_ext.stores.jobs import JobPool
 
@@ -50,7 +51,7 @@ ADAPTER_PARAM = "lmcache_ext.adapter"
 """Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
 
 _CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
-_USAGE_INTERVAL_S = 5.0
+_GAUGE_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,9 @@ class StoredTier(SecondaryTierManager):
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._failures: dict[str, int] = {}
-        self._usage_due = 0.0
+        self._usage = Usage(None, None, None)
+        self._gauges_due = 0.0
+        self._was_up = True
 
     # -- lookups ---------------------------------------------------------------------------------
 
@@ -217,16 +220,21 @@ class StoredTier(SecondaryTierManager):
         return stats
 
     def _gauge(self, stats: OffloadingConnectorStats) -> None:
-        now = time.monotonic()
-        if now < self._usage_due:
+        now, is_up = time.monotonic(), not self._store.is_open(READ)
+        if now < self._gauges_due and is_up == self._was_up:
             return
-        self._usage_due = now + _USAGE_INTERVAL_S
-        stats.set_gauge(metrics.TIER_UP, int(not self._store.is_open(READ)), (self.tier_type,))
-        usage = self._store.usage()
+        self._gauges_due, self._was_up = now + _GAUGE_INTERVAL_S, is_up
+        self._pool.submit(self._look_at_usage)
+        tier, usage = self.tier_type, self._usage
+        stats.set_gauge(metrics.TIER_UP, int(is_up), (tier,))
         if usage.used_bytes is not None:
-            stats.set_gauge(metrics.TIER_USED_BYTES, usage.used_bytes, (self.tier_type,))
+            stats.set_gauge(metrics.TIER_USED_BYTES, usage.used_bytes, (tier,))
         if usage.capacity_bytes is not None:
-            stats.set_gauge(metrics.TIER_CAPACITY_BYTES, usage.capacity_bytes, (self.tier_type,))
+            stats.set_gauge(metrics.TIER_CAPACITY_BYTES, usage.capacity_bytes, (tier,))
+
+    def _look_at_usage(self) -> None:
+        """In a pool thread: a walk over a directory, or a round trip."""
+        self._usage = self._store.usage()
 
     # -- what the pool's threads run -------------------------------------------------------------
 
