@@ -1,10 +1,11 @@
 """A tiny random model with a tokenizer and a chat template, made in code: nothing is downloaded.
 
-    python examples/tiny_model.py DIR [--arch llama|gemma3] [--layers 8] [--seed 0] [--lora DIR]
+    python examples/tiny_model.py DIR [--arch llama|gemma3] [--layers 4] [--seed 0] [--lora DIR]
 
 The same arguments always give the same weights, and a directory that already holds them is left
 alone. One UTF-8 byte is one token, so a prompt of 4,000 ASCII characters is 4,000 tokens and every
-text round-trips. The default (8 layers, 4 KV heads of 64) keeps 8 KiB of bfloat16 KV per token.
+text round-trips. The default (4 layers, 4 KV heads of 64) keeps 8 KiB of float32 KV per token; serve
+it with --dtype=float32, which CPUs without AVX-512 BF16 compute nine times faster than bfloat16.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Recipe:
     """All that decides the files: two equal recipes give equal bytes."""
 
     arch: Arch = "llama"
-    layers: int = 8
+    layers: int = 4
     hidden: int = 256
     heads: int = 4
     kv_heads: int = 4
@@ -191,10 +192,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a tiny random model for trying the server without a download.")
     parser.add_argument("path", type=Path)
     parser.add_argument("--arch", choices=["llama", "gemma3"], default="llama")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument("--hidden", type=int, default=Recipe.hidden)
+    parser.add_argument("--kv-heads", type=int, default=Recipe.kv_heads)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--lora", type=Path, help="also make a random LoRA adapter for it, in this directory")
     args = parser.parse_args()
     path = build(args.path, args.arch, layers=args.layers, hidden=args.hidden, kv_heads=args.kv_heads, seed=args.seed)

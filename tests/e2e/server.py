@@ -51,11 +51,14 @@ class Server:
         name: str = MODEL_NAME,
         kv_space_gib: int = 1,
         max_model_len: int | None = 8192,
+        dtype: str = "float32",
         cores: str | None = None,
         wait: bool = True,
         ready_timeout_s: float = 180.0,
     ) -> None:
-        """`cores` binds the workers ("1" or, for TP=2, "0|1"); the last core we may use when left out."""
+        """`args` come last and win. `dtype` float32 is what any CPU computes fast, and 8 KiB of KV per token.
+
+        `cores` binds the workers ("1" or, for TP=2, "0|1"); the last core we may use when left out."""
         self.model = model
         self.program = program
         self.name = name
@@ -64,7 +67,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_timeout_s = ready_timeout_s
         self._wait = wait
-        self._args = [*self._base_args(max_model_len), *args]  # the caller's come last and win
+        self._args = [*self._base_args(max_model_len, dtype), *args]
         self._env = {**_base_env(kv_space_gib, cores), **(env or {})}
         self._client = httpx.Client(base_url=self.url, timeout=120.0)
         self._seen: dict[int, psutil.Process] = {}
@@ -72,14 +75,14 @@ class Server:
         os.close(handle)
         self.log_path = Path(path)
 
-    def _base_args(self, max_model_len: int | None) -> list[str]:
+    def _base_args(self, max_model_len: int | None, dtype: str) -> list[str]:
         if self.program == "vllm":
             args = ["--served-model-name", self.name, "--port", str(self.port), "--host", "127.0.0.1"]
             args += ["--model", str(self.model)] if self.model is not None else []
         else:
             args = [f"--model_name={self.name}", f"--http_port={self.port}", "--enable_grpc=false"]
             args += [f"--model_dir={self.model}"] if self.model is not None else []
-        args += ["--enforce-eager", "--dtype=bfloat16"]
+        args += ["--enforce-eager", f"--dtype={dtype}"]
         return args + ([f"--max-model-len={max_model_len}"] if max_model_len is not None else [])
 
     def __enter__(self) -> Server:
