@@ -1,0 +1,20 @@
+"""Binary keys as names that LMCache's own server accepts.
+
+That server takes a key apart at every ``@`` and dies of one with fewer than five parts, so a key
+travels to it as the chunk hash of a model that does not exist. Our server keeps all objects under
+these names, whichever protocol brought them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+MAX_PLAIN_BYTES = 67
+"""More hexadecimal digits than these make would not fit the 150 characters of a name."""
+
+
+def name_of(key: bytes) -> str:
+    """The name of a key; of a long one its SHA-256. Distinct keys have distinct names."""
+    if len(key) <= MAX_PLAIN_BYTES:
+        return f"kvcf@1@0@{key.hex()}@uint8"
+    return f"kvch@1@0@{hashlib.sha256(key).hexdigest()}@uint8"
