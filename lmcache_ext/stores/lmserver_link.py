@@ -1,0 +1,221 @@
+"""A connection to a cache server that speaks one of the two protocols of `lmcache_ext.wire`.
+
+`V2Link` to our server, `OldLink` to LMCache's; `connect` finds out which. One exchange at a time, by one
+thread; after any error the link is closed by its owner, because nobody knows what is still under way.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
+from lmcache_ext.stores.lmserver_socket import Address, Line
+from lmcache_ext.wire import lm, v2
+from lmcache_ext.wire.names import name_of
+from lmcache_ext.wire.stream import WireError
+
+
+class Link(ABC):
+    """What both protocols can do. `line.begin` was called for each exchange."""
+
+    def __init__(self, line: Line, address: Address) -> None:
+        self.line = line
+        self._address = address
+
+    @abstractmethod
+    def exists(self, keys: Sequence[bytes]) -> list[bool]: ...
+
+    @abstractmethod
+    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None: ...
+
+    @abstractmethod
+    def put(self, key: bytes, parts: Sequence[memoryview]) -> None: ...
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes]) -> None: ...
+
+    @abstractmethod
+    def ping(self) -> None: ...
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]: ...
+
+
+class V2Link(Link):
+    """Our frames."""
+
+    def __init__(self, line: Line, address: Address, token: bytes) -> None:
+        super().__init__(line, address)
+        self._ids = count(1)
+        reply = self._exchange(v2.Op.HELLO, body=[memoryview(token)])
+        self._can = v2.Capabilities.decode(self._small_body(reply))
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Batches travel all at once; the answers come in their order."""
+        batches = self._batches(keys)
+        requests = [self._send(v2.Op.EXISTS, body=[memoryview(v2.encode_keys(batch))]) for batch in batches]
+        found: list[bool] = []
+        for request_id, batch in zip(requests, batches, strict=True):
+            try:
+                body = self._small_body(self._receive(request_id))
+            except Answered as answered:  # the answers to the other batches are still under way
+                raise answered.error from None
+            if len(body) != len(batch):
+                raise WireError(f"{self._address}: asked for {len(batch)} keys, answered for {len(body)}")
+            found += [byte != 0 for byte in body]
+        return found
+
+    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
+        room = sum(part.nbytes for part in parts)
+        reply = self._receive(self._send(v2.Op.GET, key, argument=room), v2.Status.MISS)
+        if reply.status == v2.Status.MISS:
+            self.line.skip(_at_most(reply.body_bytes, v2.MAX_SMALL_BYTES))
+            return None
+        if reply.body_bytes != min(room, reply.value):
+            raise WireError(f"{self._address}: {reply.body_bytes} of {reply.value} bytes come, expected at most {room}")
+        self.line.read_into(parts, reply.body_bytes)
+        return reply.value
+
+    def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
+        num_bytes = sum(part.nbytes for part in parts)
+        if num_bytes > self._can.max_object_bytes:
+            raise StoreFull(f"{self._address}: {num_bytes} bytes, the server takes {self._can.max_object_bytes}")
+        self._small_body(self._exchange(v2.Op.PUT, key, parts))
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        for batch in self._batches(keys):
+            self._small_body(self._exchange(v2.Op.DELETE, body=[memoryview(v2.encode_keys(batch))]))
+
+    def ping(self) -> None:
+        self._small_body(self._exchange(v2.Op.PING))
+
+    def stats(self) -> dict[str, Any]:
+        body = self._small_body(self._exchange(v2.Op.STATS))
+        try:
+            found = json.loads(body)
+        except ValueError as error:
+            raise WireError(f"{self._address}: statistics are not JSON") from error
+        return found if isinstance(found, dict) else {}
+
+    def _batches(self, keys: Sequence[bytes]) -> list[Sequence[bytes]]:
+        size = min(self._can.max_batch_keys, v2.MAX_SMALL_BYTES // (2 + v2.MAX_KEY_BYTES))
+        return [keys[at : at + size] for at in range(0, len(keys), size)]
+
+    def _exchange(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = ()) -> v2.Reply:
+        return self._receive(self._send(op, key, body))
+
+    def _send(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = (), *, argument: int = 0) -> int:
+        request_id = next(self._ids) & 0xFFFFFFFF
+        num_bytes = sum(part.nbytes for part in body)
+        head = v2.Request(op, request_id, key, num_bytes, argument).encode()
+        self.line.send([memoryview(head), *body])
+        return request_id
+
+    def _receive(self, request_id: int, *fine: v2.Status) -> v2.Reply:
+        """The reply to a request; raises what a status other than OK and `fine` says."""
+        decoder = v2.ReplyDecoder()
+        decoder.feed(self.line.read(v2.HEAD_BYTES))
+        reply = decoder.head()
+        if reply is None or reply.request_id != request_id:
+            raise WireError(f"{self._address}: read the reply to another request than {request_id}")
+        if reply.status == v2.Status.OK or reply.status in fine:
+            return reply
+        message = self.line.read(_at_most(reply.body_bytes, v2.MAX_MESSAGE_BYTES)).decode("utf-8", "replace")
+        failure = StoreFull if reply.status == v2.Status.FULL else StoreUnavailable
+        raise Answered(failure(f"{self._address}: {reply.status.name}: {message}"), reply.status)
+
+    def _small_body(self, reply: v2.Reply) -> bytes:
+        return self.line.read(_at_most(reply.body_bytes, v2.MAX_SMALL_BYTES))
+
+
+class OldLink(Link):
+    """LMCache's frames: nothing is acknowledged, so every PUT is followed by a question that shows it arrived.
+
+    That server cannot delete: an object is overwritten by an empty one, and its owner remembers.
+    """
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """One round trip each: that server has been seen to read short where two requests lie in the socket."""
+        return [self._ask(lm.Command.EXIST, name_of(key)).code == lm.OK for key in keys]
+
+    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
+        reply = self._ask(lm.Command.GET, name_of(key))
+        if reply.code != lm.OK:
+            return None
+        wanted = min(sum(part.nbytes for part in parts), reply.length)
+        self.line.read_into(parts, wanted)
+        self.line.skip(reply.length - wanted)
+        return reply.length
+
+    def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
+        num_bytes = sum(part.nbytes for part in parts)
+        if num_bytes > lm.MAX_INT32:
+            raise StoreFull(f"{self._address}: {num_bytes} bytes, LMCache's protocol takes {lm.MAX_INT32}")
+        head = lm.Request(lm.Command.PUT, name_of(key), num_bytes, lm.binary(num_bytes)).encode()
+        self.line.send([memoryview(head), *parts])
+        if not self.exists([key])[0]:
+            raise StoreUnavailable(f"{self._address}: did not keep {num_bytes} bytes")
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            if self.exists([key])[0]:
+                self.put(key, [])
+
+    def ping(self) -> None:
+        self._ask(lm.Command.HEALTH, v2.HELLO_NAME)
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def _ask(self, command: lm.Command, name: str) -> lm.Reply:
+        return _ask(self.line, lm.Request(command, name))
+
+
+class Answered(Exception):
+    """The server said no in good order: `error` is raised to the caller and the link stays open."""
+
+    def __init__(self, error: StoreError, status: v2.Status) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.status = status
+
+
+def connect(address: Address, tls: ssl.SSLContext | None, token: bytes, timeout_s: float) -> Link:
+    """Connect, ask which protocol is spoken, and introduce ourselves. Raises StoreError."""
+    line = Line.connect(address, tls, timeout_s)
+    try:
+        line.begin(timeout_s)
+        if v2.speaks_v2(_ask(line, v2.hello_request())):
+            return V2Link(line, address, token)
+        if token:
+            raise StoreUnavailable(f"{address}: a token is set, and this server knows no tokens")
+    except Answered as answered:
+        line.close()
+        raise answered.error from None
+    except BaseException:
+        line.close()
+        raise
+    return OldLink(line, address)
+
+
+def _ask(line: Line, request: lm.Request) -> lm.Reply:
+    line.send([memoryview(request.encode())])
+    decoder = lm.ReplyDecoder()
+    decoder.feed(line.read(lm.REPLY_BYTES))
+    reply = decoder.head()
+    if reply is None:
+        raise WireError(f"{lm.REPLY_BYTES} bytes are no reply")
+    if reply.length and request.command not in (lm.Command.GET, lm.Command.LIST):
+        raise WireError(f"read {reply.length} bytes after a reply to {request.command.name}")
+    return reply
+
+
+def _at_most(num_bytes: int, limit: int) -> int:
+    if num_bytes > limit:
+        raise WireError(f"{num_bytes} bytes follow, at most {limit} are read")
+    return num_bytes

@@ -1,0 +1,139 @@
+"""A blocking socket with one deadline for a whole exchange: exact reads into, vectored writes from, the caller's parts.
+
+Whatever goes wrong is StoreTimeout or StoreUnavailable, and the socket is of no use afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from lmcache_ext.errors import StoreTimeout, StoreUnavailable
+
+IOV_MAX = 1024
+"""Linux UIO_MAXIOV: more buffers in one call are EINVAL."""
+
+SCRATCH_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Line:
+    """One connected socket. One thread at a time."""
+
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        self._sock = sock
+        self._address = address
+        self._deadline = 0.0
+        self._timeout_s = 0.0
+
+    @classmethod
+    def connect(cls, address: Address, tls: ssl.SSLContext | None, timeout_s: float) -> Line:
+        """Connect, and shake hands where `tls` is given. Name resolution has the resolver's own time limit."""
+        deadline = time.monotonic() + timeout_s
+        with _errors(address, "connect", timeout_s):
+            sock = socket.create_connection((address.host, address.port), timeout_s)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if tls is not None:
+                    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                    sock = tls.wrap_socket(sock, server_hostname=address.host)
+            except BaseException:
+                sock.close()
+                raise
+        return cls(sock, address)
+
+    def begin(self, timeout_s: float) -> None:
+        """From now on, everything until the next `begin` ends within so many seconds."""
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def is_quiet(self) -> bool:
+        """Whether nothing came while it lay idle: neither stray bytes nor the end of the stream."""
+        try:
+            self._sock.settimeout(0.0)
+            self._sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            return False
+        return False
+
+    def send(self, parts: Sequence[memoryview]) -> None:
+        """Send the concatenation of `parts`."""
+        left = [part.cast("B") for part in parts if part.nbytes]
+        first = 0
+        with _errors(self._address, "send", self._timeout_s):
+            while first < len(left):
+                self._arm()
+                sent = self._send_some(left[first : first + IOV_MAX])
+                while first < len(left) and sent >= left[first].nbytes:
+                    sent -= left[first].nbytes
+                    first += 1
+                if sent:
+                    left[first] = left[first][sent:]
+
+    def read(self, num_bytes: int) -> bytes:
+        """Exactly so many bytes; for heads and small bodies."""
+        data = bytearray(num_bytes)
+        self.read_into([memoryview(data)], num_bytes)
+        return bytes(data)
+
+    def read_into(self, parts: Sequence[memoryview], num_bytes: int) -> None:
+        """Exactly `num_bytes` into `parts`, in order; they have room for them."""
+        with _errors(self._address, "read", self._timeout_s):
+            for part in parts:
+                view = part.cast("B")[:num_bytes]
+                num_bytes -= view.nbytes
+                while view.nbytes:
+                    self._arm()
+                    came = self._sock.recv_into(view)
+                    if came == 0:
+                        raise ConnectionResetError(errno.ECONNRESET, f"closed with {len(view)} bytes still to come")
+                    view = view[came:]
+
+    def skip(self, num_bytes: int) -> None:
+        """Read so many bytes and forget them."""
+        scratch = memoryview(bytearray(min(num_bytes, SCRATCH_BYTES)))
+        while num_bytes:
+            step = min(num_bytes, SCRATCH_BYTES)
+            self.read_into([scratch], step)
+            num_bytes -= step
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._sock.close()
+
+    def _send_some(self, window: Sequence[memoryview]) -> int:
+        if isinstance(self._sock, ssl.SSLSocket):  # it has no sendmsg
+            return self._sock.send(window[0])
+        return self._sock.sendmsg(window)
+
+    def _arm(self) -> None:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left_s)
+
+
+@contextmanager
+def _errors(address: Address, doing: str, timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise StoreTimeout(f"{address}: {doing}: not done after {timeout_s:.3f} s") from error
+    except OSError as error:  # ssl.SSLError and socket.gaierror are among them
+        raise StoreUnavailable(f"{address}: {doing}: {error}") from error
