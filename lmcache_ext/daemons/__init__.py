@@ -1,0 +1,1 @@
+"""What listens: the lm server. Bytes only; it knows nothing of vLLM, torch or KV."""
