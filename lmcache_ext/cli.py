@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lmcache_ext import __version__
 from lmcache_ext.config import load_config
 from lmcache_ext.config_keys import KEYS, RENAMED
+from lmcache_ext.daemons import lmserver
 from lmcache_ext.errors import ConfigError
 
 OK = 0
@@ -44,6 +45,11 @@ def keys(_: argparse.Namespace) -> int:
     return OK
 
 
+def server(arguments: argparse.Namespace) -> int:
+    """Run the cache server; its own parser reads the arguments."""
+    return lmserver.main(arguments.arguments, prog="lmcache-ext server")
+
+
 def _print_columns(rows: Sequence[tuple[str, str, str]]) -> None:
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for first, second, third in rows:
@@ -62,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("keys", help="list every setting and what it does here")
     verb.set_defaults(run=keys)
+
+    verb = verbs.add_parser("server", help="serve a cache for lm:// clients", add_help=False, prefix_chars="\0")
+    verb.add_argument("arguments", nargs="*", metavar="HOST PORT [DEVICE]")
+    verb.set_defaults(run=server)
     return parser
 
 
