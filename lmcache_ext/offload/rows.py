@@ -1,10 +1,11 @@
 """The region of rows in ``/dev/shm``: who creates it, who unlinks it, and what a dead engine left.
 
 vLLM's `SharedOffloadRegion` is mapped by every worker and then by the scheduler, by name. Each of
-ours also holds a shared ``flock`` on the file, and the scheduler, the last to map it, unlinks the
-name. So no exit, SIGKILL included, leaves memory behind once the engine is up; and what an engine
-killed before that left is recognised by nobody holding its lock, whatever process ids mean in this
-container. Files of vLLM's own offloading have another prefix and are never touched.
+ours also holds a shared ``flock`` on the file, from before its pages are populated (which takes
+seconds), and the scheduler, the last to map it, unlinks the name. So no exit, SIGKILL included,
+leaves memory behind once the engine is up; and what an engine killed before that left is recognised
+by nobody holding its lock, whatever process ids mean in this container. Files of vLLM's own
+offloading have another prefix and are never touched.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -22,7 +22,11 @@ logger = init_logger("vllm.lmcache_ext.offload.rows")
 
 _PREFIX = "lmcache_ext-"
 _GLOB = f"vllm_offload_{_PREFIX}*.mmap"
-_GRACE_S = 5.0  # between a file's creation and its lock
+
+
+def rows_path(engine_id: str) -> str:
+    """Where the engine's rows lie until the scheduler has mapped them, as vLLM names it."""
+    return f"/dev/shm/vllm_offload_{_PREFIX}{engine_id}.mmap"
 
 
 def open_rows(
@@ -35,20 +39,38 @@ def open_rows(
     """
     if rank == 0:
         sweep_dead_rows()
-    region = SharedOffloadRegion(
-        engine_id=f"{_PREFIX}{engine_id}",
-        num_chunks=num_chunks,
-        rank=rank,
-        kv_bytes_per_chunk=row_bytes,
-        cpu_page_size=worker_bytes,
-    )
-    assert region.fd is not None
-    fcntl.flock(region.fd, fcntl.LOCK_SH)
-    region._creator = False  # the name is the scheduler's to drop, or the next start's
+    path = rows_path(engine_id)
+    claim = _claim(path, num_chunks * row_bytes, create=rank is not None)
+    try:
+        region = SharedOffloadRegion(
+            engine_id=f"{_PREFIX}{engine_id}",
+            num_chunks=num_chunks,
+            rank=rank,
+            kv_bytes_per_chunk=row_bytes,
+            cpu_page_size=worker_bytes,
+        )
+        assert region.fd is not None
+        fcntl.flock(region.fd, fcntl.LOCK_SH)
+    finally:
+        os.close(claim)
     if rank is None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(region.mmap_path)
+            os.unlink(path)
     return region
+
+
+def _claim(path: str, num_bytes: int, *, create: bool) -> int:
+    """Open the file, at least `num_bytes` long, under a shared lock: nobody sweeps it from here on."""
+    while True:
+        fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        stat = os.fstat(fd)
+        if stat.st_nlink:
+            break
+        os.close(fd)  # a dead engine's file of the same name, swept between open and lock
+    if stat.st_size < num_bytes:
+        os.ftruncate(fd, num_bytes)
+    return fd
 
 
 def sweep_dead_rows(directory: str = "/dev/shm") -> int:
@@ -64,8 +86,6 @@ def sweep_dead_rows(directory: str = "/dev/shm") -> int:
 
 def _unlink_if_dead(path: Path) -> int:
     stat = path.stat()
-    if time.time() - stat.st_ctime < _GRACE_S:
-        return 0
     fd = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
