@@ -15,7 +15,7 @@ from lmcache_ext.errors import ConfigError
 
 _GIB = 1024**3
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
-_HEADROOM = 0.5  # of what is free, taken when nobody named a size
+_HEADROOM = 0.5  # of what there is, taken when nobody named a size
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +23,36 @@ class HostMemory:
     """Bytes that bound the rows. `cgroup_limit_bytes` is None where there is no limit."""
 
     shm_free_bytes: int
+    shm_size_bytes: int
     cgroup_limit_bytes: int | None
 
     @property
     def bound_bytes(self) -> int:
-        """The smaller of the two bounds, in bytes."""
-        return min(self.shm_free_bytes, self.cgroup_limit_bytes or self.shm_free_bytes)
+        """The smaller of the mount's size and the limit: the same number whoever asks, and whenever."""
+        return min(self.shm_size_bytes, self.cgroup_limit_bytes or self.shm_size_bytes)
 
 
-def read_host_memory(shm_dir: str = "/dev/shm", cgroup_root: str = "/sys/fs/cgroup") -> HostMemory:
-    """Look at the mount and at the cgroup (v2, then v1)."""
+def read_host_memory(
+    shm_dir: str = "/dev/shm", cgroup_root: str = "/sys/fs/cgroup", *, own_rows: str | None = None
+) -> HostMemory:
+    """Look at the mount and at the cgroup (v2, then v1).
+
+    `own_rows` names the file of this engine's rows. An engine's processes ask one after the other, and
+    what the first of them has taken already counts as free for the next.
+    """
     stat = os.statvfs(shm_dir)
+    free = stat.f_bavail * stat.f_frsize + (_taken_bytes(own_rows) if own_rows else 0)
     limit = _read_limit(Path(cgroup_root, "memory.max"))
     if limit is None:
         limit = _read_limit(Path(cgroup_root, "memory", "memory.limit_in_bytes"))
-    return HostMemory(stat.f_bavail * stat.f_frsize, limit)
+    return HostMemory(free, stat.f_blocks * stat.f_frsize, limit)
+
+
+def _taken_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _read_limit(path: Path) -> int | None:

@@ -19,7 +19,8 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.config import Config, load_config, resolve_chunk_tokens
 from lmcache_ext.errors import ConfigError
-from lmcache_ext.host_memory import check_host_bytes, fitting_bytes, read_host_memory
+from lmcache_ext.host_memory import HostMemory, check_host_bytes, fitting_bytes, read_host_memory
+from lmcache_ext.offload.rows import rows_path
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -100,7 +101,9 @@ def _fit(config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     blocks = _blocks_per_chunk(config, native.groups, kv_cache_config, block_bytes)
     row_bytes = round_up(block_bytes * blocks, SharedOffloadRegion.BLOCK_SIZE_ALIGNMENT)
     tokens = blocks * max(group.tokens_per_block for group in native.groups)
-    host_bytes = _host_bytes(config, row_bytes, tokens, len(native.groups), vllm_config.model_config.max_model_len)
+    memory = read_host_memory(own_rows=rows_path(native.engine_id))
+    max_model_len = vllm_config.model_config.max_model_len
+    host_bytes = _host_bytes(config, memory, row_bytes, tokens, len(native.groups), max_model_len)
     return Settings(config, tokens, blocks, row_bytes, host_bytes)
 
 
@@ -120,7 +123,9 @@ def _is_full_attention(spec: Any) -> bool:  # noqa: ANN401
     return isinstance(spec, FullAttentionSpec | MLAAttentionSpec)
 
 
-def _host_bytes(config: Config, row_bytes: int, chunk_tokens: int, num_groups: int, max_model_len: int) -> int:
+def _host_bytes(
+    config: Config, memory: HostMemory, row_bytes: int, chunk_tokens: int, num_groups: int, max_model_len: int
+) -> int:
     wanted = config.live.host_capacity_bytes
     if not config.local_cpu:
         rows = _STAGED_PROMPTS * num_groups * -(-max_model_len // chunk_tokens)
@@ -128,7 +133,6 @@ def _host_bytes(config: Config, row_bytes: int, chunk_tokens: int, num_groups: i
         wanted = min(wanted, staged) if wanted else staged
         logger.info("local_cpu is off: %d bytes of host memory stage chunks for the tiers behind it", wanted)
     origin = config.origin("max_local_cpu_size")
-    memory = read_host_memory()
     if origin.kind == "default":
         fitting = fitting_bytes(wanted, memory)
         if fitting < wanted:
