@@ -38,9 +38,11 @@ def digest(components: Mapping[str, str]) -> bytes:
 def weights_identity(directory: str | os.PathLike[str]) -> str | None:
     """A hex digest of the weights in `directory`, or None where there are none.
 
-    Independent of the directory's path, of time stamps and of file order.
+    Independent of the directory's path, of time stamps and of file order. A single file (GGUF) may
+    stand in the directory's place. A header that makes no sense is sampled like any other bytes.
     """
-    files = sorted(path for path in Path(directory).iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    root = Path(directory)
+    files = [root] if root.is_file() else sorted(path for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
     if not files:
         return None
     state = hashlib.blake2b(digest_size=32)
@@ -72,20 +74,31 @@ def _whole(file: BinaryIO) -> Iterator[bytes]:
 
 def _samples(file: BinaryIO, path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
-    if path.suffix != ".safetensors":
-        yield from _spread(file, 0, size, 64 * _SAMPLES)
-        return
-    header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > min(size, _MAX_HEADER_BYTES):
-        yield from _spread(file, 0, size, 64 * _SAMPLES)
-        return
-    header = file.read(header_bytes)
+    header = _header(file, size) if path.suffix == ".safetensors" else b""
+    tensors = _tensors(header, size)
     yield header
-    data = 8 + header_bytes
-    for name, entry in sorted(json.loads(header).items()):
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield from _spread(file, data + begin, data + end, _SAMPLES)
+    for begin, end in tensors:
+        yield from _spread(file, begin, end, _SAMPLES)
+    if not tensors:
+        yield from _spread(file, 0, size, 64 * _SAMPLES)
+
+
+def _header(file: BinaryIO, size: int) -> bytes:
+    header_bytes = int.from_bytes(file.read(8), "little")
+    return file.read(header_bytes) if header_bytes <= min(size, _MAX_HEADER_BYTES) else b""
+
+
+def _tensors(header: bytes, size: int) -> list[tuple[int, int]]:
+    """The [begin, end) of each tensor in its file, by name; none where the header lies."""
+    data = 8 + len(header)
+    try:
+        entries = [
+            entry["data_offsets"] for name, entry in sorted(json.loads(header).items()) if name != "__metadata__"
+        ]
+        places = [(data + int(begin), data + int(end)) for begin, end in entries]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return []
+    return places if all(data <= begin <= end <= size for begin, end in places) else []
 
 
 def _spread(file: BinaryIO, begin: int, end: int, count: int) -> Iterator[bytes]:

@@ -6,8 +6,10 @@ Everything else that decides the bytes of a page, or what a hash means, is a com
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,25 +68,31 @@ def _model(vllm_config: VllmConfig) -> str:
 def _weights(model: ModelConfig, load: LoadConfig) -> str:
     if load.load_format == "dummy":
         return f"dummy seed={model.seed}"
-    directory = _local_directory(model.model, model.revision)
-    identity = weights_identity(directory) if directory else None
+    place = _local_weights(model, load)
+    identity = weights_identity(place) if place else None
     if identity is not None:
         return identity
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit is not None and not Path(model.model).exists():
+        return f"name={model.model} commit={commit}"
     logger.warning(
-        "No weight files of %s found on this machine: chunks are shared by its name and revision (%s) alone",
-        model.model,
-        model.revision,
+        "No weight files of %s found on this machine: its chunks are shared with no other start", model.model
     )
-    return f"name={model.model} revision={model.revision}"
+    return f"unknown {secrets.token_hex(16)}"  # a path or a name alone is no identity
 
 
-def _local_directory(name: str, revision: str | None) -> Path | None:
-    if Path(name).is_dir():
-        return Path(name)
+def _local_weights(model: ModelConfig, load: LoadConfig) -> Path | None:
+    """The directory (or the one file) that the weights were read from."""
+    if Path(model.model).exists():
+        return Path(model.model)
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
+    for cache_dir in (load.download_dir, None):
+        with contextlib.suppress(ValueError):  # not the name of a repository
+            config = try_to_load_from_cache(model.model, "config.json", cache_dir=cache_dir, revision=model.revision)
+            if isinstance(config, str):
+                return Path(config).parent
+    return None
 
 
 def _speculative(vllm_config: VllmConfig) -> str:
