@@ -44,7 +44,8 @@ class MRUCachePolicy(LRUCachePolicy):
     def _assign_new_rank(self, key: OffloadKey) -> bool:
         if key in self.chunks:
             self._next_rank -= 2
-        return super()._assign_new_rank(key)
+        evictable: bool = super()._assign_new_rank(key)
+        return evictable
 
 
 class LFUCachePolicy(LRUCachePolicy):
@@ -64,7 +65,7 @@ class LFUCachePolicy(LRUCachePolicy):
 
     @override
     def _assign_new_rank(self, key: OffloadKey) -> bool:
-        evictable = super()._assign_new_rank(key)
+        evictable: bool = super()._assign_new_rank(key)
         if key in self.chunks:
             self._uses[key] += 1
             self._ranks[key] |= self._uses[key] << self._TICK_BITS
@@ -77,7 +78,7 @@ class LFUCachePolicy(LRUCachePolicy):
 
     @override
     def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        evicted = super().evict(n, protected)
+        evicted: list[tuple[OffloadKey, ChunkStatus]] | None = super().evict(n, protected)
         for key, _ in evicted or ():
             self._uses.pop(key, None)
         return evicted
