@@ -27,6 +27,7 @@ class Hooks:
         self.off = False
         self._bypassed: set[str] = set()
         self._failures: Counter[str] = Counter()
+        self._num_failures = 0
         self._told: set[str] = set()
 
     def bypassed(self, req_id: str) -> bool:
@@ -56,10 +57,11 @@ class Hooks:
 
     def _contain(self, hook: str, req_id: str | None) -> None:
         self._failures[hook] += 1
+        self._num_failures += 1
         if hook not in self._told:
             self._told.add(hook)
             logger.exception("KV cache hook %s failed; the request goes on without the cache", hook)
-        if req_id is not None and self._failures.total() < _MAX_FAILURES:
+        if req_id is not None and self._num_failures < _MAX_FAILURES:
             self._bypassed.add(req_id)
         elif not self.off:
             self.off = True
