@@ -47,6 +47,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
 
     def __init__(self, config: OffloadingConfig) -> None:
         super().__init__(config)
+        self._manager: OffloadingManager | None = None
         self._pool: JobPool | None = None
 
     @classmethod
@@ -120,7 +121,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
         )
-        shared = {"namespace": bytes.fromhex(namespace), "pool": self._pool, "limits": limits}
+        shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": self._pool, "limits": limits}
         return [StoredTier(self, rows, store=store, serde=serde, **shared) for store, serde in stores]
 
 

@@ -91,8 +91,8 @@ class StoredTier(SecondaryTierManager):
     ) -> None:
         super().__init__(spec, primary_kv_view, store.name)
         local = store.name == "disk"
-        self.medium = Medium.STORAGE  # type: ignore[misc]  # the framework reads it off the instance
-        self.cache_hit_source = CacheHitSource.DISK if local else CacheHitSource.EXTERNAL_UNSPECIFIED  # type: ignore[misc]
+        self.medium = Medium.STORAGE  # the framework reads it off the instance
+        self.cache_hit_source = CacheHitSource.DISK if local else CacheHitSource.EXTERNAL_UNSPECIFIED
         self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = np.asarray(primary_kv_view).view(np.uint8)
         self._store = store
         self._chunks = ChunkIO(store, serde, namespace)
@@ -172,7 +172,7 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        results = []
+        results: list[JobResult] = []
         while True:
             try:
                 result = self._finished.get_nowait()
@@ -189,7 +189,7 @@ class StoredTier(SecondaryTierManager):
     def shutdown(self) -> None:
         if self._rows is None:
             return
-        self._lookups.shutdown()
+        self._lookups.stop(self._limits.lookup_timeout_s)
         flushed = self._pool.drain(self._limits.flush_timeout_s)
         self._store.close()
         if not flushed:  # a thread is still inside a row: the region must stay mapped
@@ -238,18 +238,20 @@ class StoredTier(SecondaryTierManager):
 
     # -- what the pool's threads run -------------------------------------------------------------
 
-    def _fetch(self, job: _Job, keys: Sequence[OffloadKey], rows: Sequence[memoryview], adapter: str | None) -> None:
+    def _fetch(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
             done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.fetch(_far_key(key, adapter), row)]
         finally:
+            rows.clear()  # the pool may hold on to its arguments for longer than `drain` waits
             self._finish(job, done)
 
-    def _keep(self, job: _Job, keys: Sequence[OffloadKey], rows: Sequence[memoryview], adapter: str | None) -> None:
+    def _keep(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
             done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.keep(_far_key(key, adapter), row)]
         finally:
+            rows.clear()
             with self._lock:
                 self._pending_stores -= len(keys)
             self._finish(job, done)
@@ -274,7 +276,7 @@ class StoredTier(SecondaryTierManager):
 
     def _start(self, job_metadata: TransferJob) -> _Job:
         num_keys = len(job_metadata.keys)
-        num_tasks = -(-num_keys // _CHUNKS_PER_TASK)
+        num_tasks = max(1, -(-num_keys // _CHUNKS_PER_TASK))
         return _Job(job_metadata.job_id, num_tasks, time.monotonic(), num_keys)
 
     def _submit(self, job: _Job, job_metadata: TransferJob, task: Any, *, urgent: bool) -> None:  # noqa: ANN401
@@ -282,7 +284,7 @@ class StoredTier(SecondaryTierManager):
         keys = list(job_metadata.keys)
         rows = [memoryview(self._rows[chunk]) for chunk in job_metadata.chunk_ids.tolist()]
         adapter = _adapter(job_metadata.req_context)
-        for begin in range(0, len(keys), _CHUNKS_PER_TASK):
+        for begin in range(0, max(1, len(keys)), _CHUNKS_PER_TASK):
             part = slice(begin, begin + _CHUNKS_PER_TASK)
             if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
                 self._refuse(job, len(keys[part]), urgent)
@@ -322,6 +324,11 @@ class _Lookups(AsyncLookupManager):
         self._chunks = chunks
         super().__init__(name)
 
+    def stop(self, timeout_s: float) -> None:
+        """`shutdown` that does not wait for a file system that has gone away; the thread is a daemon."""
+        self._lookup_queue.put(None)
+        self._thread.join(timeout_s)
+
     @override
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         adapter = _adapter(req_context)
@@ -336,6 +343,7 @@ def _adapter(req_context: ReqContext) -> str | None:
 
 def _far_key(key: OffloadKey, adapter: str | None) -> bytes:
     """The key outside this engine: vLLM hashes an adapter's name, we add what is in it."""
+    plain = bytes(key)
     if adapter is None:
-        return key
-    return hashlib.blake2b(key[:-4] + bytes.fromhex(adapter), digest_size=32).digest() + key[-4:]
+        return plain
+    return hashlib.blake2b(plain[:-4] + bytes.fromhex(adapter), digest_size=32).digest() + plain[-4:]
