@@ -1,8 +1,9 @@
-"""vLLM's tiering manager, with the three promises it does not make.
+"""vLLM's tiering manager, with the promises it does not make.
 
 * A fetch that outlives its deadline is a miss for whoever waits, not a wait without end.
 * A request never promotes so many chunks that it evicts its own prefix.
 * A row whose copy failed is never published.
+* A load pins all of its rows or none.
 
 All methods run in the scheduler's thread.
 """
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from typing_extensions import override
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.base import LoadStoreSpec, LookupResult, OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
@@ -47,12 +48,21 @@ class BoundedTieringManager(TieringOffloadingManager):
         return result
 
     @override
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        """Raises KeyError where a chunk that was found is gone: a promotion may have taken its row since."""
+        gone = sum(self.primary_tier.lookup(key, req_context) is not LookupResult.HIT for key in keys)
+        if gone:
+            raise KeyError(f"request {req_context.req_id}: {gone} of {len(keys)} chunks left host memory after lookup")
+        return super().prepare_load(keys, req_context)
+
+    @override
     def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
         promotions = self._promotions.setdefault(req_context.req_id, Counter())
         if promotions[key] >= _PROMOTIONS_PER_KEY or len(promotions) >= self._max_promotions:
             return False
         promotions[key] += 1
-        return super()._initiate_promotion(tier_idx, key, req_context)
+        started: bool = super()._initiate_promotion(tier_idx, key, req_context)
+        return started
 
     @override
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:

@@ -1,0 +1,219 @@
+"""BoundedTieringManager over real rows and a real directory: what vLLM's manager does not promise."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from vllm.v1.kv_offload.base import LookupResult, ReqContext
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
+
+from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.rows import open_rows
+from tests.unit.test_tier import NAMESPACE, STEP, Bench, key
+
+NUM_ROWS, ROW_BYTES = 8, 4096
+
+
+class Machine:
+    """Host memory of eight rows before a directory."""
+
+    def __init__(self, path, **limits) -> None:
+        engine_id = f"test-{uuid.uuid4().hex}"
+        worker, self.region = (
+            open_rows(engine_id=engine_id, num_chunks=NUM_ROWS, rank=rank, row_bytes=ROW_BYTES, worker_bytes=ROW_BYTES)
+            for rank in (0, None)
+        )
+        worker.cleanup()
+        self.primary = CPUPrimaryTierOffloadingManager(NUM_ROWS, self.region)
+        self.bench = Bench(path)
+        if limits:
+            self.bench.tier._limits = replace(self.bench.tier._limits, **limits)
+        self.bench.tier._rows = np.asarray(self.primary.get_kv_memoryview()).view(np.uint8)
+        self.manager = BoundedTieringManager(self.primary, [self.bench.tier])
+        self._contexts: dict[str, ReqContext] = {}
+
+    def request(self, req_id: str) -> ReqContext:
+        if req_id not in self._contexts:
+            self._contexts[req_id] = ReqContext(req_id)
+            self.manager.on_new_request(self._contexts[req_id])
+        return self._contexts[req_id]
+
+    def step(self):
+        """End a step; all far work that it started is done when the next begins."""
+        self.manager.on_schedule_end(STEP)
+        assert self.bench.pool.drain(10.0)
+
+    def write(self, keys, req_id="writer", success=True):
+        """As a worker that computed and copied these chunks."""
+        req = self.request(req_id)
+        output = self.manager.prepare_store(keys, req)
+        assert output is not None
+        if not success:
+            self.manager.mark_unwritten(output.keys_to_store)
+        self.manager.complete_store(output.keys_to_store, req)
+        self.step()
+        self.step()  # takes in what the directory has
+
+    def forget_host(self):
+        """Only the directory remembers."""
+        self.manager.reset_cache()
+
+    def look(self, wanted, req_id):
+        req = self.request(req_id)
+        result = self.manager.lookup(wanted, req)
+        if result is LookupResult.RETRY:
+            self.manager.on_schedule_end(STEP)
+            answers = self.bench.tier._lookups._pending_results
+            answers.put(answers.get(timeout=10.0))
+            result = self.manager.lookup(wanted, req)
+        return result
+
+    def pinned(self):
+        return sum(chunk.ref_cnt != 0 for chunk in self.primary._policy.chunks.values())
+
+    def close(self):
+        self.bench.store.gate.set()
+        self.manager.shutdown()
+        assert self.region.mmap_obj is None
+        self.bench.pool.close(1.0)
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def build(**limits):
+        made.append(Machine(tmp_path / f"disk{len(made)}", **limits))
+        return made[-1]
+
+    yield build
+    for machine in made:
+        machine.close()
+
+
+def test_a_chunk_comes_back_from_the_directory(make):
+    machine = make()
+    machine.write([key(1), key(2)])
+    machine.forget_host()
+    assert machine.look(key(1), "r") is LookupResult.HIT_PENDING
+    machine.step()
+    assert machine.look(key(1), "r") is LookupResult.HIT
+    assert machine.pinned() == 0
+
+
+def test_a_chunk_that_is_gone_from_the_directory_is_a_miss_and_gives_its_row_back(make):
+    machine = make()
+    machine.write([key(1)])
+    machine.forget_host()
+    assert machine.look(key(1), "r") is LookupResult.HIT_PENDING
+    machine.bench.store.delete([NAMESPACE + key(1)])
+    machine.step()
+    assert machine.look(key(1), "r") is LookupResult.MISS
+    assert machine.pinned() == 0
+    assert not machine.manager.has_pending_work()
+
+
+class TestPromotions:
+    def test_of_one_request_leave_rows_to_others(self, make):
+        machine = make()
+        keys = [key(i) for i in range(NUM_ROWS)]
+        machine.write(keys)
+        machine.forget_host()
+        found = [machine.look(wanted, "r") for wanted in keys]
+        assert found == [LookupResult.HIT_PENDING] * 6 + [LookupResult.MISS] * 2
+
+    def test_of_one_chunk_end_when_others_keep_taking_its_row(self, make):
+        machine = make()
+        machine.write([key(1)])
+        results = []
+        for _ in range(4):
+            machine.forget_host()
+            results.append(machine.look(key(1), "r"))
+            machine.step()
+        assert results == [LookupResult.HIT_PENDING] * 2 + [LookupResult.MISS] * 2
+        assert machine.look(key(1), "another") is LookupResult.HIT_PENDING
+
+    def test_are_forgotten_with_their_request(self, make):
+        machine = make()
+        machine.write([key(1)])
+        machine.forget_host()
+        machine.look(key(1), "r")
+        machine.manager.on_request_finished(machine.request("r"))
+        assert machine.manager._promotions == {}
+
+
+class TestOverdue:
+    def test_fetch_is_a_miss_for_whoever_waits_and_the_row_stays_pinned(self, make):
+        machine = make(fetch_timeout_s=0.0)
+        machine.write([key(1)])
+        machine.forget_host()
+        assert machine.look(key(1), "r") is LookupResult.HIT_PENDING
+        machine.bench.store.gate.clear()
+        machine.manager.on_schedule_end(STEP)
+        assert machine.look(key(1), "r") is LookupResult.MISS
+        assert machine.look(key(1), "late") is LookupResult.MISS
+        assert machine.pinned() == 1  # a thread may still write into it
+
+    def test_fetch_that_comes_after_all_is_a_hit(self, make):
+        machine = make(fetch_timeout_s=0.0)
+        machine.write([key(1)])
+        machine.forget_host()
+        machine.look(key(1), "r")
+        machine.step()
+        assert machine.look(key(1), "r") is LookupResult.HIT
+
+
+class TestUnwritten:
+    def test_rows_are_never_published_nor_sent_on(self, make):
+        machine = make()
+        machine.write([key(1), key(2)], success=False)
+        for wanted in (key(1), key(2)):
+            assert machine.look(wanted, "r") is LookupResult.MISS
+        assert machine.pinned() == 0
+        assert machine.primary._get_num_free_chunks() == NUM_ROWS
+
+    def test_mark_lasts_for_one_store(self, make):
+        machine = make()
+        machine.write([key(1)], success=False)
+        machine.write([key(1)])
+        assert machine.look(key(1), "r") is LookupResult.HIT
+
+    def test_mark_does_not_reach_other_chunks(self, make):
+        machine = make()
+        machine.manager.mark_unwritten([key(9)])
+        machine.write([key(1)])
+        assert machine.look(key(1), "r") is LookupResult.HIT
+
+
+class TestLoad:
+    def test_pins_every_row_until_it_is_complete(self, make):
+        machine = make()
+        machine.write([key(1), key(2)])
+        machine.manager.prepare_load([key(1), key(2)], machine.request("r"))
+        assert machine.pinned() == 2
+        machine.manager.complete_load([key(1), key(2)], machine.request("r"))
+        assert machine.pinned() == 0
+
+    def test_of_a_chunk_that_left_since_pins_nothing(self, make):
+        machine = make()
+        machine.write([key(1), key(2)])
+        with pytest.raises(KeyError, match="1 of 3 chunks left host memory"):
+            machine.manager.prepare_load([key(1), key(2), key(3)], machine.request("r"))
+        assert machine.pinned() == 0
+
+
+def test_stores_that_wait_for_the_directory_pin_their_rows_only_so_long(make):
+    machine = make()
+    machine.bench.store.gate.clear()
+    req = machine.request("writer")
+    output = machine.manager.prepare_store([key(1)], req)
+    machine.manager.complete_store(output.keys_to_store, req)
+    assert machine.pinned() == 1
+    machine.bench.store.gate.set()
+    machine.step()
+    machine.step()
+    assert machine.pinned() == 0
+    assert not machine.manager.has_pending_work()
