@@ -66,6 +66,7 @@ class HostPageCopier(OffloadingWorker):
         self._changed = threading.Condition()
         self._pending: set[int] = set()
         self._failed: set[int] = set()
+        logger.info("Copying KV pages with the %s copier", pages.backend())
         self._thread = threading.Thread(target=self._run, name="lmcache_ext-copier", daemon=True)
         self._thread.start()
 
@@ -126,7 +127,6 @@ class HostPageCopier(OffloadingWorker):
 
     def _run(self) -> None:
         _leave_compute_cores()
-        logger.info("Copying KV pages with the %s copier", pages.backend())
         while (job := self._queue.get()) is not None:
             begin = time.perf_counter()
             try:
