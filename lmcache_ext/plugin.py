@@ -16,6 +16,9 @@ CONNECTOR_NAME = "LMCacheConnectorV1"
 CONNECTOR_NAMES = (CONNECTOR_NAME, "LMCacheConnector", "LMCacheMPConnector")
 """Every name under which people ask for an LMCache connector; the first is today's."""
 
+LOAD_FAILURE_POLICY = "lmcache_ext.kv_load_failure_policy"
+"""Connector setting for a policy other than recompute: vLLM's default, "fail", looks like a choice."""
+
 
 def takes_over() -> bool:
     """Whether the LMCache connector names mean ours in this process."""

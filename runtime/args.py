@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.host_memory import check_host_bytes, read_host_memory
 from lmcache_ext.plugin import takes_over
 from runtime.argv import (
     KV_FLAG,
@@ -166,7 +167,10 @@ def set_engine_environment(settings: Settings) -> None:
 def _check_cache(kv_config: Mapping[str, Any]) -> str:
     """Read the cache's settings as the engine will, so that a bad one ends the start here; returns their source."""
     try:
-        load_config(connector_extra=kv_config.get("kv_connector_extra_config"))
+        config = load_config(connector_extra=kv_config.get("kv_connector_extra_config"))
+        asked = config.origin("max_local_cpu_size")
+        if config.local_cpu and asked.kind != "default":  # a default is fitted to what is there
+            check_host_bytes(config.live.host_capacity_bytes, read_host_memory(), origin=asked.text)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     return os.environ.get("LMCACHE_CONFIG_FILE") or "LMCACHE_* variables"

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lmcache_ext.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, CONNECTOR_NAMES
+from lmcache_ext.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, CONNECTOR_NAMES, LOAD_FAILURE_POLICY
 
 KV_FLAG = "--kv-transfer-config"
 # In KVTransferConfig until vLLM 0.31; still in everybody's YAML. None of them ever meant anything to LMCache.
@@ -208,7 +208,10 @@ def wire_connector(config: dict[str, Any], *, ours: bool) -> dict[str, Any]:
     """Point an LMCache connector name at our class, and make a failed load a recompute unless the user chose."""
     if config.get("kv_connector") not in CONNECTOR_NAMES or config.get("kv_connector_module_path") or not ours:
         return config
-    wired = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute", **config}
+    policy = config.get("kv_load_failure_policy", "recompute")
+    # The connector cannot tell vLLM's default from a user's choice, so the choice travels beside it.
+    extra = {**(config.get("kv_connector_extra_config") or {}), LOAD_FAILURE_POLICY: policy}
+    wired = {"kv_role": "kv_both", **config, "kv_load_failure_policy": policy, "kv_connector_extra_config": extra}
     return {**wired, "kv_connector": CONNECTOR_NAME, "kv_connector_module_path": CONNECTOR_MODULE}
 
 

@@ -40,7 +40,7 @@ ARROWS = {
     "plugin": {"offload", "config", "errors"},
     "cli": {"daemons", "stores", "wire", "namespace", "frame", "host_memory", "config", "errors"},
 }
-RUNTIME_MAY_IMPORT = {"config", "reload", "plugin", "errors"}
+RUNTIME_MAY_IMPORT = {"config", "host_memory", "reload", "plugin", "errors"}
 
 # module -> rooms (or packages) that alone may import it
 ONLY_IN = {

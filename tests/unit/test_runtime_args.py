@@ -48,6 +48,12 @@ def test_the_kserve_guides_arguments():
     assert config.kv_load_failure_policy == "recompute"
 
 
+def test_host_memory_that_is_not_there_ends_the_start(monkeypatch):
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "900000")
+    with pytest.raises(UsageError, match=r"max_local_cpu_size of .* exceeds .* LMCACHE|LMCACHE_MAX_LOCAL_CPU_SIZE"):
+        parse(["--model_id=org/model", "--kv-transfer-config", JSON_CONFIG])
+
+
 def test_the_defaults(model):
     settings = parse([f"--model_dir={model}"])
     assert settings.http_port == 8080

@@ -99,6 +99,7 @@ def test_lmcache_names_are_wired_to_our_connector(name):
         "kv_connector_module_path": "lmcache_ext.connector",
         "kv_role": "kv_consumer",
         "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"lmcache_ext.kv_load_failure_policy": "recompute"},
     }
     assert uses_our_cache(wired)
 
@@ -106,6 +107,7 @@ def test_lmcache_names_are_wired_to_our_connector(name):
 def test_the_users_failure_policy_stays():
     wired = wire_connector({**LMCACHE, "kv_load_failure_policy": "fail"}, ours=True)
     assert wired["kv_load_failure_policy"] == "fail"
+    assert wired["kv_connector_extra_config"] == {"lmcache_ext.kv_load_failure_policy": "fail"}
 
 
 @pytest.mark.parametrize(
