@@ -12,12 +12,7 @@ from tests.e2e.server import LMCACHE_ARGS, MODELS, Server, cached_tokens
 
 CHUNK = 256
 BLOCK = 128
-
-
-def kv_dtype() -> str:
-    """bfloat16 where the CPU computes it; elsewhere it is emulated, twenty times slower than float32."""
-    flags = Path("/proc/cpuinfo").read_text()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+ROW_BYTES = CHUNK * 8192  # a chunk of the tiny model
 
 
 def model(arch: str = "llama", **options: int) -> Path:
@@ -39,7 +34,7 @@ def cache_server(directory: Path | None = None, **options: Any) -> Server:
     settings = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5", **options.pop("cache", {})}
     if directory is not None:
         settings |= {"LMCACHE_LOCAL_DISK": str(directory), "LMCACHE_MAX_LOCAL_DISK_SIZE": "2"} | settings
-    args = [*LMCACHE_ARGS, f"--dtype={kv_dtype()}", *options.pop("args", ())]
+    args = [*LMCACHE_ARGS, *options.pop("args", ())]
     if (blocks := options.pop("gpu_blocks", None)) is not None:
         args.append(f"--num-gpu-blocks-override={blocks}")
     options.setdefault("max_model_len", 4608)
@@ -77,13 +72,13 @@ def chunk_files(directory: Path) -> list[Path]:
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "ROW_BYTES",
     "ask",
     "cache_server",
     "cached_tokens",
     "chunk_files",
     "evict",
     "external_hits",
-    "kv_dtype",
     "logprobs",
     "model",
     "prompt",
