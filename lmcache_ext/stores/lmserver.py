@@ -137,10 +137,10 @@ def open_lm(url: str, options: Mapping[str, Any]) -> Store:
 
 def parse_addresses(url: str) -> list[Address]:
     """The servers of an `lm://` URL, each once. Raises ConfigError."""
-    authority = re.sub(r"[/?#].*", "", url.partition("://")[2])
+    authority = re.sub(r"[/?#].*", "", url.replace("lm://", ""))
     addresses = []
     for piece in authority.split(","):
-        found = re.fullmatch(r"(?:lm://)?(?:\[([^\]]+)\]|([^:\[\]@]+)):([0-9]{1,5})", piece.strip())
+        found = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]@]+)):([0-9]{1,5})", piece.strip())
         if found is None or not 0 < int(found[3]) < 65536:
             raise ConfigError(f"{url}: {piece!r} is not host:port, expected lm://host:65432 or a comma list of them")
         addresses.append(Address(found[1] or found[2], int(found[3])))
