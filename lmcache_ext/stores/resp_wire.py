@@ -1,0 +1,245 @@
+"""One connection that speaks RESP: bounded by deadlines, payloads straight into and out of the caller's memory.
+
+Plain sockets block in the kernel with SO_RCVTIMEO and SO_SNDTIMEO set to what is left of the deadline; Linux counts
+these over a whole MSG_WAITALL receive, so one system call fills a part and a peer that trickles gains nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from lmcache_ext.errors import StoreTimeout, StoreUnavailable
+from lmcache_ext.stores.resp import Decoder, ErrorReply, Incomplete, Reply, check_end
+
+IOV_MAX = 1024
+"""Linux UIO_MAXIOV: more buffers in one call are EMSGSIZE."""
+
+RECEIVE_BYTES = 16 * 1024
+"""Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
+
+MAX_DRAIN_BYTES = 1024**2
+"""Of a payload that nobody wants: beyond it a new connection is cheaper."""
+
+_AGAIN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS})
+
+
+class Deadline:
+    """When a call must be over."""
+
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.timeout_s = timeout_s
+        self._clock = clock
+        self._end = clock() + timeout_s
+
+    def left_s(self) -> float:
+        """Seconds until then, more than zero. Raises StoreTimeout."""
+        left_s = self._end - self._clock()
+        if left_s <= 0:
+            raise StoreTimeout(f"not done within {self.timeout_s:g} s")
+        return left_s
+
+    def within(self, timeout_s: float) -> Deadline:
+        """A deadline that is at most `timeout_s` away, and not after this one."""
+        return Deadline(min(timeout_s, self.left_s()), self._clock)
+
+
+class Wire:
+    """One connection.
+
+    Threads:  one at a time.
+    Order:    replies come in the order of the commands.
+    Owner:    the socket; `owner`, a client library's connection, would close it when collected.
+    Failure:  StoreTimeout or StoreUnavailable; afterwards `is_clean` is false and the connection is to be closed.
+    """
+
+    def __init__(self, sock: socket.socket, owner: object = None, label: str = "server") -> None:
+        self.label = label
+        self._socket = sock
+        self._owner = owner
+        self._decoder = Decoder()
+        self._scratch = memoryview(bytearray(RECEIVE_BYTES))
+        self._num_expected = 0
+        self._in_doubt = False
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every reply was read, to its end, and nothing else came."""
+        return not (self._in_doubt or self._num_expected or len(self._decoder))
+
+    def is_alive(self) -> bool:
+        """Whether an idle connection can be used: the other side neither closed it nor sent anything."""
+        try:
+            self._socket.settimeout(0.0)
+            self._socket.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            return False
+        return False
+
+    def send(self, buffers: Sequence[bytes | memoryview], num_replies: int, deadline: Deadline) -> None:
+        """Send everything; `num_replies` are expected then."""
+        self._num_expected += num_replies
+        views = [view for view in map(bytes_of, buffers) if view.nbytes]
+        with self._errors(deadline):
+            self._prepare(deadline)
+            while views:
+                views = after(views, self._send_some(views[:IOV_MAX], deadline))
+
+    def reply(self, deadline: Deadline) -> Reply:
+        """The next reply, whole."""
+        with self._errors(deadline):
+            self._prepare(deadline)
+            while isinstance(reply := self._decoder.reply(), Incomplete):
+                self._feed(deadline)
+        self._num_expected -= 1
+        return reply
+
+    def length(self, deadline: Deadline) -> int | ErrorReply | None:
+        """The length of the payload that comes next, to be read by `payload`; None or an error where none comes."""
+        with self._errors(deadline):
+            self._prepare(deadline)
+            while isinstance(length := self._decoder.bulk_length(), Incomplete):
+                self._feed(deadline)
+        if not isinstance(length, int):
+            self._num_expected -= 1
+        return length
+
+    def payload(self, length: int, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """Scatter a payload of `length` bytes; what does not fit is drained, or the connection left in doubt."""
+        views = cut(views, 0, length)
+        excess = length - sum(view.nbytes for view in views)
+        with self._errors(deadline):
+            self._fill(views, deadline)
+            if excess > MAX_DRAIN_BYTES:
+                return  # a reply is still expected, so this connection is not used again
+            rest = memoryview(bytearray(excess + 2))
+            self._fill([rest], deadline)
+            check_end(bytes(rest[excess:]))
+        self._num_expected -= 1
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._in_doubt = True
+        with suppress(OSError):
+            self._socket.close()
+
+    def _fill(self, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """First what was received already, then from the socket."""
+        left = [view for view in views if view.nbytes]
+        while left and len(self._decoder):
+            data = self._decoder.take(left[0].nbytes)
+            left[0][: len(data)] = data
+            left = after(left, len(data))
+        if left:
+            self._prepare(deadline)
+        while left:
+            left = after(left, _received(self._receive_all(left[:IOV_MAX], deadline)))
+
+    def _feed(self, deadline: Deadline) -> None:
+        size = _received(self._receive_some(self._scratch, deadline))
+        self._decoder.feed(self._scratch[:size])
+
+    def _prepare(self, deadline: Deadline) -> None:
+        deadline.left_s()
+        self._socket.settimeout(None)
+
+    def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+        self._limit(socket.SO_SNDTIMEO, deadline)
+        return self._socket.sendmsg(views)
+
+    def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
+        self._limit(socket.SO_RCVTIMEO, deadline)
+        return self._socket.recv_into(view)
+
+    def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+        self._limit(socket.SO_RCVTIMEO, deadline)
+        return self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+
+    def _limit(self, option: int, deadline: Deadline) -> None:
+        """The kernel's timeout for one call; at least a microsecond, for zero would be none."""
+        micros = int(deadline.left_s() * 1e6) + 1
+        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", micros // 10**6, micros % 10**6))
+
+    @contextmanager
+    def _errors(self, deadline: Deadline) -> Iterator[None]:
+        """Any failure as a StoreError that names the server; afterwards the connection is in doubt."""
+        was_in_doubt, self._in_doubt = self._in_doubt, True
+        try:
+            yield
+        except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise self._timeout(deadline) from error
+        except OSError as error:
+            if error.errno in _AGAIN:
+                raise self._timeout(deadline) from error
+            raise StoreUnavailable(f"{self.label}: connection lost: {error}") from error
+        except StoreTimeout as error:
+            raise self._timeout(deadline) from error
+        except StoreUnavailable as error:
+            raise StoreUnavailable(f"{self.label}: {error}") from error
+        self._in_doubt = was_in_doubt
+
+    def _timeout(self, deadline: Deadline) -> StoreTimeout:
+        return StoreTimeout(f"{self.label}: no answer within {deadline.timeout_s:.3g} s")
+
+
+class TlsWire(Wire):
+    """The same over TLS, which knows neither vectors nor MSG_WAITALL."""
+
+    def _prepare(self, deadline: Deadline) -> None:
+        self._socket.settimeout(deadline.left_s())
+
+    def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+        self._prepare(deadline)
+        return self._socket.send(views[0])
+
+    def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
+        self._prepare(deadline)
+        return self._socket.recv_into(view)
+
+    def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+        return self._receive_some(views[0], deadline)
+
+
+def wire_on(sock: socket.socket, owner: object, label: str) -> Wire:
+    """The wire for this kind of socket."""
+    return TlsWire(sock, owner, label) if isinstance(sock, ssl.SSLSocket) else Wire(sock, owner, label)
+
+
+def bytes_of(buffer: bytes | memoryview) -> memoryview:
+    """The buffer as a view of unsigned bytes."""
+    view = memoryview(buffer)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+def cut(views: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
+    """The bytes [start, start + length) of the concatenation of `views`, as far as it goes; none is empty."""
+    found = []
+    at = 0
+    for view in map(bytes_of, views):
+        piece = view[max(start - at, 0) : max(start + length - at, 0)]
+        if piece.nbytes:
+            found.append(piece)
+        at += view.nbytes
+    return found
+
+
+def after(views: Sequence[memoryview], size: int) -> list[memoryview]:
+    """What is left of `views` when `size` bytes are done."""
+    for index, view in enumerate(views):
+        if size < view.nbytes:
+            return [view[size:], *views[index + 1 :]]
+        size -= view.nbytes
+    return []
+
+
+def _received(size: int) -> int:
+    if not size:
+        raise StoreUnavailable("connection closed by the other side")
+    return size
