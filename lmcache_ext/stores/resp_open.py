@@ -1,0 +1,40 @@
+"""The opener behind every Redis and Valkey scheme (entry points in pyproject.toml)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from lmcache_ext.errors import ConfigError
+from lmcache_ext.stores.redis_options import CLUSTER, SENTINEL, RespOptions, parse_options
+from lmcache_ext.stores.resp_dial import Library, connects, connects_to_sentinels
+from lmcache_ext.stores.resp_store import RespStore
+from lmcache_ext.stores.resp_topology import Cluster, Sentinels, Single, Topology
+
+
+def open_resp(url: str, options: Mapping[str, Any]) -> RespStore:
+    """The store behind `url`; nothing is connected yet. Raises ConfigError."""
+    settings = parse_options(url, options)
+    return RespStore(settings, _topology(_library(settings.library), settings))
+
+
+def _topology(library: Library, options: RespOptions) -> Topology:
+    connect = connects(library, options)
+    if options.kind == CLUSTER:
+        return Cluster(options, connect)
+    if options.kind == SENTINEL:
+        return Sentinels(options, connect, connects_to_sentinels(library, options))
+    return Single(options, connect)
+
+
+def _library(name: str) -> Library:
+    """Our module of the client library's name; imported here, for most people need one of the two."""
+    try:
+        module = importlib.import_module(f"lmcache_ext.stores.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name:
+            raise
+        raise ConfigError(f"{name}:// needs a package that is not installed: pip install {name}") from error
+    library: Library = module.LIBRARY
+    return library
