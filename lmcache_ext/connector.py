@@ -35,6 +35,7 @@ from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.report import HitReport, start_line
+from lmcache_ext.offload.tier import ADAPTER_PARAM
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,9 +91,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._settings = found
         self._min_retrieve_tokens = found.config.live.min_retrieve_tokens
         if role == KVConnectorRole.SCHEDULER:
-            if transfer.kv_load_failure_policy == "fail" and "lmcache.kv_load_failure_policy" not in (
-                transfer.kv_connector_extra_config
-            ):
+            if transfer.kv_load_failure_policy == "fail":  # vLLM's default; no miss is worth a request
                 transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
             self._open_namespace(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
@@ -136,19 +135,23 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def on_new_request(self, request: Request) -> None:
-        def body() -> None:
-            self._adapters.label(request)
-            super(LMCacheConnectorV1, self).on_new_request(request)
-
-        self._hooks.run("on_new_request", body, None, req_id=request.request_id)
+        if self._hooks.off:
+            return
+        req_id = request.request_id
+        if not self._hooks.run("label_adapter", lambda: self._adapters.label(request), False, req_id=req_id):
+            request.kv_transfer_params = {**(request.kv_transfer_params or {}), ADAPTER_PARAM: ""}
+        self._hooks.run(
+            "on_new_request", lambda: super(LMCacheConnectorV1, self).on_new_request(request), None, req_id=req_id
+        )
 
     @override
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         req_id = request.request_id
         if self._hooks.bypassed(req_id):
             return 0, False
+        nothing: tuple[int | None, bool] = (0, False)
         return self._hooks.run(
-            "get_num_new_matched_tokens", lambda: self._match(request, num_computed_tokens), (0, False), req_id=req_id
+            "get_num_new_matched_tokens", lambda: self._match(request, num_computed_tokens), nothing, req_id=req_id
         )
 
     def _match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -172,12 +175,13 @@ class LMCacheConnectorV1(OffloadingConnector):
     @override
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         def body() -> dict[CacheHitSource, int]:
+            sources: dict[CacheHitSource, int]
             sources = super(LMCacheConnectorV1, self).get_external_cache_hit_sources(request, num_external_tokens)
             for source, tokens in sources.items():
                 self._stats.increase_counter(metrics.HIT_TOKENS, tokens, (source.value,))
             return sources
 
-        return self._hooks.run("get_external_cache_hit_sources", body, {})
+        return self._hooks.run("get_external_cache_hit_sources", body, {}, req_id=request.request_id)
 
     @override
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -191,10 +195,10 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        meta = LMCacheConnectorMetadata({}, {}, set())
+        meta = None
         if not self._hooks.off:
-            built = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
-            meta = built or self._lost_meta()
+            meta = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
+        meta = meta or self._lost_meta()
         meta.idle = scheduler_output.total_num_scheduled_tokens == 0
         meta.failed_loads, self._failed_loads = self._failed_loads, set()
         return meta
@@ -205,9 +209,10 @@ class LMCacheConnectorV1(OffloadingConnector):
         return LMCacheConnectorMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush)
 
     def _lost_meta(self) -> LMCacheConnectorMetadata:
-        """This step's plan is lost: nobody may wait for its loads."""
+        """This step's plan is lost, or the cache went off in the middle of it: nobody may wait for its loads."""
         planned = self.scheduler._current_batch_load_jobs
         self._failed_loads.update(job.req_id for job in planned.values())
+        planned.clear()
         return LMCacheConnectorMetadata({}, {}, set())
 
     @override
@@ -216,6 +221,8 @@ class LMCacheConnectorV1(OffloadingConnector):
             self._hooks.run("update_connector_output", lambda: self._take_output(connector_output), None)
 
     def _take_output(self, connector_output: KVConnectorOutput) -> None:
+        for req_id in connector_output.failed_recving:  # it would find, and fail to load, the same chunks again
+            self._hooks.bypass(req_id)
         meta = connector_output.kv_connector_worker_meta
         for job_id in getattr(meta, "failed_jobs", ()):
             job = self.scheduler._jobs.get(job_id)
@@ -226,7 +233,9 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def has_pending_push_work(self) -> bool:
-        return bool(self._failed_loads) or (not self._hooks.off and super().has_pending_push_work())
+        if self._failed_loads or self._hooks.off:
+            return bool(self._failed_loads)
+        return self._hooks.run("has_pending_push_work", super().has_pending_push_work, False)
 
     @override
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -257,14 +266,14 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        if self.connector_scheduler is None:
-            return None
         return self._hooks.run("get_kv_connector_stats", self._take_stats, None)
 
     def _take_stats(self) -> KVConnectorStats | None:
         stats, self._stats = self._stats, OffloadingConnectorStats()
         for hook, count in self._hooks.take_failures().items():
             stats.increase_counter(metrics.HOOK_FAILURES, count, (hook,))
+        if self.connector_scheduler is None:
+            return None if stats.is_empty() else stats
         if self._hooks.off:
             stats.set_gauge(metrics.CACHE_ACTIVE, 0)
         elif (inner := self.scheduler.get_stats()) is not None:
@@ -275,11 +284,13 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        self._hooks.run(
-            "handle_preemptions",
-            lambda: super(LMCacheConnectorV1, self).handle_preemptions(kv_connector_metadata),
-            None,
-        )
+        def body() -> bool:
+            super(LMCacheConnectorV1, self).handle_preemptions(kv_connector_metadata)
+            return True
+
+        if not self._hooks.run("handle_preemptions", body, False):  # their blocks may be overwritten under the copy
+            assert isinstance(kv_connector_metadata, OffloadingConnectorMetadata)
+            self._failed_jobs |= kv_connector_metadata.jobs_to_flush or set()
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -288,16 +299,18 @@ class LMCacheConnectorV1(OffloadingConnector):
             return True
 
         if not self._hooks.run("start_load_kv", body, False):
-            self._fail_unsubmitted_loads()
+            self._give_up({job_id: job.req_id for job_id, job in self._metadata.load_jobs.items()})
 
-    def _fail_unsubmitted_loads(self) -> None:
+    def _give_up(self, loads: dict[int, str]) -> None:
+        """Report loads (job -> request) as failed, once no copy runs: their blocks go to other requests."""
         worker = self.connector_worker
         assert worker is not None
-        for job_id, job in self._metadata.load_jobs.items():
-            if not (isinstance(worker.worker, HostPageCopier) and worker.worker.is_pending(job_id)):
-                worker._load_jobs.pop(job_id, None)
-                worker._connector_worker_meta.mark_completed(job_id)
-                self._failed_loads.add(job.req_id)
+        assert worker.worker is not None
+        worker.worker.wait(set(loads))
+        for job_id, req_id in loads.items():
+            worker._load_jobs.pop(job_id, None)
+            worker._connector_worker_meta.mark_completed(job_id)
+            self._failed_loads.add(req_id)
 
     @override
     def wait_for_save(self) -> None:
@@ -311,10 +324,9 @@ class LMCacheConnectorV1(OffloadingConnector):
             copier.wait_for(set(loads), _IDLE_WAIT_S)
         before = dict(loads)
         received = self._hooks.run("get_finished", lambda: self.get_finished(finished_req_ids)[1], None)
-        failed, self._failed_loads = self._metadata.failed_loads | self._failed_loads, set()
         if received is None:  # nobody will report these any more
-            failed.update(before.values())
-            loads.clear()
+            self._give_up(before)
+        failed, self._failed_loads = self._metadata.failed_loads | self._failed_loads, set()
         if isinstance(copier, HostPageCopier):
             self._failed_jobs |= copier.take_failed()
             done = self._failed_jobs & (before.keys() - loads.keys())

@@ -1,0 +1,503 @@
+"""Both halves of the connector, on vLLM's own scheduler and worker halves, real rows, a real directory
+and real tensors; only the engine that would call them is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from lmcache_ext import connector as connector_module
+from lmcache_ext.connector import LMCacheConnectorV1, LMCacheWorkerMetadata
+from lmcache_ext.offload import metrics
+from lmcache_ext.offload.rows import rows_path
+from lmcache_ext.offload.tier import ADAPTER_PARAM
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
+
+BLOCK, NUM_BLOCKS, PAGE, CHUNK = 16, 32, 4096, 32
+LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+PROMPT = list(range(100))  # three chunks of 32 tokens, and four tokens
+HASH_FN = get_hash_fn_by_name("sha256_cbor")
+WAIT_S = 10.0
+
+
+def make_vllm_config(model, **options):
+    """vLLM's configuration for a tiny Llama in the directory `model`."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"head_dim": 32, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 512}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **shape}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        block_size=BLOCK,
+        prefix_caching_hash_algo="sha256_cbor",
+        enforce_eager=True,
+        kv_transfer_config=KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both"),
+        **options,
+    ).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory):
+    kv_cache_utils.init_none_hash(HASH_FN)
+    return make_vllm_config(tmp_path_factory.mktemp("model"))
+
+
+def kv_cache_config():
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+    size = len(LAYERS) * NUM_BLOCKS * PAGE
+    tensor = KVCacheTensor(size=size, layers=LAYERS, layer_stride=NUM_BLOCKS * PAGE, block_stride=PAGE)
+    return KVCacheConfig(NUM_BLOCKS, [tensor], [KVCacheGroupSpec(LAYERS, spec)])
+
+
+class Engine:
+    """What vLLM's engine does with a connector, in the order in which it does it."""
+
+    def __init__(self, vllm_config, path, **settings):
+        extra = {"lmcache.chunk_size": CHUNK, "lmcache.max_local_cpu_size": "1Mi"}
+        extra |= {"lmcache.local_disk": f"file://{path}", "lmcache.max_local_disk_size": "64Mi"}
+        extra |= {f"lmcache.{name}": value for name, value in settings.items()}
+        self.transfer = vllm_config.kv_transfer_config
+        self.transfer.kv_connector_extra_config = extra
+        self.transfer.engine_id = self.engine_id = f"test-{uuid.uuid4().hex}"
+        self.transfer.kv_load_failure_policy = "fail"
+        vllm_config.shutdown_timeout = 10
+        self.worker = LMCacheConnectorV1(vllm_config, KVConnectorRole.WORKER, kv_cache_config())
+        self.kv = [torch.randint(-128, 127, (NUM_BLOCKS, PAGE), dtype=torch.int8) for _ in LAYERS]
+        caches = CanonicalKVCaches(
+            [CanonicalKVCacheTensor(tensor, PAGE) for tensor in self.kv],
+            [[CanonicalKVCacheRef(i, PAGE) for i in range(len(LAYERS))]],
+        )
+        self.worker.connector_worker._init_worker(caches)
+        self.scheduler = LMCacheConnectorV1(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config())
+        self.region = self.scheduler.scheduler.manager.primary_tier._mmap_region
+        self.requests: dict[str, Request] = {}
+
+    @property
+    def copier(self):
+        return self.worker.connector_worker.worker
+
+    @property
+    def jobs(self):
+        return self.scheduler.scheduler._jobs
+
+    def pinned(self):
+        chunks = self.scheduler.scheduler.manager.primary_tier._policy.chunks.values()
+        return sum(chunk.ref_cnt != 0 for chunk in chunks)
+
+    def request(self, req_id, tokens=PROMPT, **attributes):
+        request = Request(req_id, tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher(), **attributes)
+        self.requests[req_id] = request
+        self.scheduler.on_new_request(request)
+        return request
+
+    def match(self, request):
+        """The connector's final answer, stepping while it says that it does not know yet."""
+        for _ in range(20):
+            tokens, _ = self.scheduler.get_num_new_matched_tokens(request, 0)
+            if tokens is not None:
+                return tokens
+            self.step()
+            tier = self.scheduler.scheduler.manager.secondary_tiers[0]
+            assert tier._pool.drain(WAIT_S)
+            if any(state.phase.name == "IN_FLIGHT" for state in tier._lookups._lookup_state.values()):
+                answers = tier._lookups._pending_results
+                answers.put(answers.get(timeout=WAIT_S))
+        raise AssertionError("never answered")
+
+    def begin_load(self, request, blocks):
+        """Allocate `blocks` for what `match` found, and plan the load."""
+        tokens = self.match(request)
+        allocated = KVCacheBlocks(([kv_cache_utils.KVCacheBlock(block) for block in blocks],))
+        self.scheduler.update_state_after_alloc(request, allocated, tokens)
+        if tokens:
+            request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+        return tokens
+
+    def step(self, new=None, finished=()):
+        """One engine step; `new` is (request, block ids) that is computed in it. Returns what workers reported."""
+        output = SchedulerOutput.make_empty()
+        if new is not None:
+            request, blocks = new
+            output.scheduled_new_reqs = [SimpleNamespace(req_id=request.request_id, block_ids=(blocks,))]
+            output.num_scheduled_tokens = {request.request_id: request.num_tokens}
+            output.total_num_scheduled_tokens = request.num_tokens
+        output.finished_req_ids = set(finished)
+        return self.run_worker(self.scheduler.build_connector_meta(output), output.finished_req_ids)
+
+    def run_worker(self, meta, finished=frozenset()):
+        worker = self.worker
+        worker.handle_preemptions(meta)
+        worker.bind_connector_metadata(meta)
+        worker.start_load_kv(None)
+        worker.wait_for_save()
+        self.copier.wait_for(set(self.copier._pending), WAIT_S)
+        results = worker.get_transfer_results(finished)
+        report = KVConnectorOutput(
+            finished_recving=results.finished_recving,
+            failed_recving=results.failed_recving,
+            kv_connector_worker_meta=worker.build_connector_worker_meta(),
+        )
+        worker.clear_connector_metadata()
+        self.scheduler.update_connector_output(report)
+        return report
+
+    def compute(self, req_id, blocks, tokens=PROMPT):
+        """A request that is computed in `blocks`, stored and gone."""
+        request = self.request(req_id, tokens)
+        assert self.begin_load(request, []) == 0
+        self.step((request, blocks))
+        self.finish(request)
+        for _ in range(20):
+            if not self.scheduler.has_pending_push_work():
+                return
+            self.step()
+            assert self.scheduler.scheduler.manager.secondary_tiers[0]._pool.drain(WAIT_S)
+        raise AssertionError("work never ends")
+
+    def finish(self, request):
+        request.status = RequestStatus.FINISHED_STOPPED
+        assert self.scheduler.request_finished_all_groups(request, ([],)) == (False, None)
+        self.step(finished={request.request_id})
+
+    def counted(self, name):
+        stats = self.scheduler.get_kv_connector_stats()
+        return {} if stats is None else stats._values.get(name, {})
+
+    def close(self):
+        self.worker.shutdown()
+        self.scheduler.shutdown()
+
+
+def hasher():
+    return kv_cache_utils.get_request_block_hasher(BLOCK, HASH_FN)
+
+
+@pytest.fixture
+def make_engine(vllm_config, tmp_path):
+    made = []
+
+    def make(**settings):
+        made.append(Engine(vllm_config, tmp_path / "disk", **settings))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine(make_engine):
+    return make_engine()
+
+
+@pytest.fixture
+def warm(make_engine):
+    """An engine that holds PROMPT, computed in blocks 1..7."""
+    engine = make_engine()
+    engine.compute("first", [1, 2, 3, 4, 5, 6, 7])
+    return engine
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("a bug")
+
+
+class TestReuse:
+    def test_of_a_prompt_brings_back_its_blocks(self, warm):
+        request = warm.request("again")
+        assert warm.begin_load(request, [10, 11, 12, 13, 14, 15, 16]) == 96
+        report = warm.step()
+        assert report.finished_recving == {"again"}
+        assert not report.failed_recving
+        for tensor in warm.kv:
+            assert torch.equal(tensor[[10, 11, 12, 13, 14, 15]], tensor[[1, 2, 3, 4, 5, 6]])
+        warm.finish(request)
+        assert warm.pinned() == 0
+        assert not warm.jobs
+        assert not warm.scheduler.has_pending_push_work()
+
+    def test_outlives_the_engine(self, warm, make_engine):
+        next_engine = make_engine()
+        request = next_engine.request("again")
+        assert next_engine.begin_load(request, [10, 11, 12, 13, 14, 15, 16]) == 96
+        assert next_engine.step().finished_recving == {"again"}
+        for old, new in zip(warm.kv, next_engine.kv, strict=True):
+            assert torch.equal(new[[10, 11, 12, 13, 14, 15]], old[[1, 2, 3, 4, 5, 6]])
+
+    def test_stops_where_prompts_part(self, warm):
+        assert warm.match(warm.request("other", PROMPT[:40] + [1] * 60)) == 32
+        assert warm.match(warm.request("salted", PROMPT, cache_salt="tenant")) == 0
+
+    def test_below_the_configured_minimum_is_none(self, warm, make_engine):
+        engine = make_engine(min_retrieve_tokens=64)
+        assert engine.match(engine.request("short", PROMPT[:40])) == 0
+        assert engine.match(engine.request("long")) == 96
+        assert engine.pinned() == 0
+
+    def test_counts_requests_and_tokens(self, warm):
+        warm.scheduler.get_kv_connector_stats()
+        request = warm.request("again")
+        tokens = warm.begin_load(request, [10, 11, 12, 13, 14, 15, 16])
+        warm.scheduler.get_external_cache_hit_sources(request, tokens)
+        stats = warm.scheduler.get_kv_connector_stats()._values
+        assert stats[metrics.LOOKUP_REQUESTS] == {(): 1}
+        assert stats[metrics.REQUESTED_TOKENS] == {(): 100}
+        assert stats[metrics.HIT_TOKENS] == {("host",): 96}
+
+
+class TestLife:
+    def test_a_failed_load_is_computed_again_whatever_vllm_defaults_to(self, engine):
+        assert engine.transfer.kv_load_failure_policy == "recompute"
+
+    def test_shutdown_unmaps_everything_and_leaves_no_name(self, vllm_config, tmp_path):
+        engine = Engine(vllm_config, tmp_path / "disk")
+        mapped = [engine.region.mmap_obj, engine.copier._region.mmap_obj]
+        engine.compute("first", [1, 2, 3, 4, 5, 6, 7])
+        engine.close()
+        assert all(region.closed for region in mapped)
+        assert not os.path.exists(rows_path(engine.engine_id))
+        assert not engine.worker._hooks.take_failures()
+        assert not engine.scheduler._hooks.take_failures()
+
+    def test_rows_may_take_more_than_half_of_the_shared_memory(self, vllm_config, tmp_path, monkeypatch):
+        real = os.statvfs
+
+        def small(path):  # a mount of 1.5 MiB whose free space shrinks as rows are populated
+            if path != "/dev/shm":
+                return real(path)
+            own = rows_path(vllm_config.kv_transfer_config.engine_id)
+            taken = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
+            return SimpleNamespace(f_bavail=(3 * 2**19 - taken) // 4096, f_blocks=3 * 2**19 // 4096, f_frsize=4096)
+
+        monkeypatch.setattr("lmcache_ext.host_memory.os.statvfs", small)
+        engine = Engine(vllm_config, tmp_path / "disk")
+        assert engine.region.total_size_bytes == engine.copier._region.total_size_bytes == 2**20
+        engine.close()
+
+
+# Hook -> how vLLM calls it, and its neutral answer.
+REQUEST_HOOKS = {
+    "on_new_request": (lambda e, r: e.scheduler.on_new_request(r), None),
+    "get_num_new_matched_tokens": (lambda e, r: e.scheduler.get_num_new_matched_tokens(r, 0), (0, False)),
+    "get_external_cache_hit_sources": (lambda e, r: e.scheduler.get_external_cache_hit_sources(r, 32), {}),
+    "update_state_after_alloc": (lambda e, r: e.scheduler.update_state_after_alloc(r, None, 32), None),
+}
+ENGINE_HOOKS = {
+    "update_connector_output": (lambda e, r: e.scheduler.update_connector_output(KVConnectorOutput()), None),
+    "has_pending_push_work": (lambda e, r: e.scheduler.has_pending_push_work(), False),
+    "request_finished": (lambda e, r: e.scheduler.request_finished(r, []), (False, None)),
+    "take_events": (lambda e, r: list(e.scheduler.take_events()), []),
+    "reset_cache": (lambda e, r: e.scheduler.reset_cache(), False),
+}
+
+
+class TestContainment:
+    @pytest.mark.parametrize("hook", REQUEST_HOOKS)
+    def test_of_a_request_bypasses_that_request_and_is_counted(self, warm, monkeypatch, hook):
+        call, neutral = REQUEST_HOOKS[hook]
+        request = warm.request("again")
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.scheduler.scheduler, hook, fail)
+            assert call(warm, request) == neutral
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+        assert warm.match(warm.request("another")) == 96
+        assert warm.counted(metrics.HOOK_FAILURES) == {(hook,): 1}
+
+    @pytest.mark.parametrize("hook", ENGINE_HOOKS)
+    def test_of_the_engine_turns_the_cache_off_and_is_counted(self, warm, monkeypatch, hook):
+        call, neutral = ENGINE_HOOKS[hook]
+        request = warm.request("again")
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.scheduler.scheduler, hook, fail)
+            assert call(warm, request) == neutral
+        assert warm.match(warm.request("another")) == 0
+        stats = warm.scheduler.get_kv_connector_stats()._values
+        assert stats[metrics.HOOK_FAILURES] == {(hook,): 1}
+        assert stats[metrics.CACHE_ACTIVE] == {(): 0}
+
+    def test_of_a_cache_that_is_off_remembers_no_requests(self, engine):
+        engine.scheduler._hooks.off = True
+        request = engine.request("r")
+        engine.step((request, [1, 2, 3, 4, 5, 6, 7]))
+        engine.finish(request)
+        assert engine.scheduler.scheduler._req_status == {}
+
+    def test_of_an_adapter_that_cannot_be_read_costs_the_far_tiers_only(self, warm, monkeypatch):
+        monkeypatch.setattr(warm.scheduler._adapters, "label", fail)
+        request = warm.request("again")
+        assert request.kv_transfer_params == {ADAPTER_PARAM: ""}
+        warm.step((request, [20, 21, 22, 23, 24, 25, 26]))  # a request unknown to it would raise here
+        assert not warm.scheduler._hooks.off
+
+
+class TestFailedLoad:
+    BLOCKS = (10, 11, 12, 13, 14, 15, 16)
+
+    def check_recomputed(self, engine, report, request):
+        """The worker reported it once as failed; the scheduler half neither waits nor tries again."""
+        assert report.finished_recving == report.failed_recving == {request.request_id}
+        assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+        after = engine.step()
+        assert not after.finished_recving
+
+    def test_whose_plan_failed_reaches_the_worker_and_comes_back(self, warm, monkeypatch):
+        request = warm.request("again")
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.scheduler.scheduler.manager.primary_tier, "prepare_load", fail)
+            warm.begin_load(request, self.BLOCKS)
+        assert warm.scheduler.has_pending_push_work()
+        self.check_recomputed(warm, warm.step(), request)
+        assert warm.pinned() == 0
+
+    def test_whose_step_was_lost_comes_back_and_the_cache_is_off(self, warm, monkeypatch):
+        request = warm.request("again")
+        warm.begin_load(request, self.BLOCKS)
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.scheduler.scheduler, "_build_store_jobs", fail)
+            report = warm.step()
+        self.check_recomputed(warm, report, request)
+        assert warm.scheduler._hooks.off
+
+    def test_planned_before_the_cache_went_off_in_the_same_step_comes_back(self, warm):
+        request = warm.request("again")
+        warm.begin_load(request, self.BLOCKS)
+        warm.scheduler._hooks.run("another", fail, None)
+        self.check_recomputed(warm, warm.step(), request)
+
+    def test_whose_copy_failed_is_not_tried_again(self, warm, monkeypatch):
+        request = warm.request("again")
+        warm.begin_load(request, self.BLOCKS)
+        monkeypatch.setattr(warm.copier, "_copy", fail)
+        self.check_recomputed(warm, warm.step(), request)
+        assert warm.pinned() == 0
+        assert not warm.jobs
+
+    def test_that_was_never_submitted_comes_back(self, warm, monkeypatch):
+        request = warm.request("again")
+        warm.begin_load(request, self.BLOCKS)
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.copier, "submit_load", fail)
+            report = warm.step()
+        self.check_recomputed(warm, report, request)
+        assert warm.pinned() == 0
+        assert not warm.jobs
+        assert warm.worker.get_kv_connector_stats()._values[metrics.HOOK_FAILURES] == {("start_load_kv",): 1}
+
+    def test_that_nobody_could_report_comes_back_after_its_copy_ended(self, warm, monkeypatch):
+        request = warm.request("again")
+        warm.begin_load(request, self.BLOCKS)
+        with monkeypatch.context() as patch:
+            patch.setattr(warm.worker.connector_worker, "get_finished", fail)
+            report = warm.step()
+        assert report.failed_recving == {"again"}
+        assert not warm.copier._pending
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+
+    def test_of_one_rank_fails_the_request_once_both_have_reported(self):
+        aggregator = KVOutputAggregator(expected_finished_count=2)
+        failed = LMCacheWorkerMetadata({5: 1}, failed_jobs={5})
+        outputs = [
+            [KVConnectorOutput(finished_recving={"r"}, failed_recving={"r"}, kv_connector_worker_meta=failed), None],
+            [None, KVConnectorOutput(finished_recving={"r"}, kv_connector_worker_meta=LMCacheWorkerMetadata({5: 1}))],
+        ]
+        reports = []
+        for ranks in outputs:
+            results = [ModelRunnerOutput(req_ids=[], req_id_to_index={}, kv_connector_output=out) for out in ranks]
+            reports.append(aggregator.aggregate(results).kv_connector_output)
+        assert [report.failed_recving for report in reports] == [set(), {"r"}]
+        assert [report.finished_recving for report in reports] == [None, {"r"}]
+
+
+class TestFailedStore:
+    def test_is_never_found(self, engine, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.copier, "_copy", fail)
+            engine.compute("first", [1, 2, 3, 4, 5, 6, 7])
+        assert engine.match(engine.request("again")) == 0
+        assert engine.pinned() == 0
+        assert engine.worker._failed_jobs == set()
+
+    def test_is_what_a_flush_becomes_that_nobody_waited_for(self, engine, monkeypatch):
+        request = engine.request("first")
+        engine.begin_load(request, [])
+        meta = engine.scheduler.build_connector_meta(output_of(request, [1, 2, 3, 4, 5, 6, 7]))
+        meta.jobs_to_flush = set(meta.store_jobs)
+        assert meta.jobs_to_flush
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.copier, "wait", fail)
+            engine.run_worker(meta)
+        assert engine.scheduler.scheduler.manager.primary_tier._policy.chunks == {}
+
+
+def output_of(request, blocks):
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = [SimpleNamespace(req_id=request.request_id, block_ids=(blocks,))]
+    output.num_scheduled_tokens = {request.request_id: request.num_tokens}
+    output.total_num_scheduled_tokens = request.num_tokens
+    return output
+
+
+class TestPatience:
+    def test_ends_and_the_request_is_computed(self, warm, monkeypatch):
+        request = warm.request("again")
+        monkeypatch.setattr(warm.scheduler.scheduler, "get_num_new_matched_tokens", lambda *args, **kw: (None, False))
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+        monkeypatch.setattr(connector_module, "_LOOKUP_PATIENCE_S", 0.0)
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+        monkeypatch.undo()
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+        warm.finish(request)
+        assert not warm.scheduler._asked_at
+        assert not warm.scheduler._hooks.bypassed("again")
+
+
+class TestWorkerMetadata:
+    def test_of_ranks_adds_completions_and_joins_failures(self):
+        first = LMCacheWorkerMetadata({1: 1, 2: 1}, failed_jobs={1})
+        second = LMCacheWorkerMetadata({2: 1, 3: 1}, failed_jobs={3})
+        both = first.aggregate(second)
+        assert isinstance(both, LMCacheWorkerMetadata)
+        assert both.completed_jobs == {1: 1, 2: 2, 3: 1}
+        assert both.failed_jobs == {1, 3}
+
+    def test_names_a_failed_store_only_once_it_is_complete(self, engine):
+        engine.worker._failed_jobs = {1, 2}
+        engine.worker.connector_worker._connector_worker_meta.mark_completed(2)
+        assert engine.worker.build_connector_worker_meta().failed_jobs == {2}
+        assert engine.worker.build_connector_worker_meta() is None
+        assert engine.worker._failed_jobs == {1}
+
+    def test_of_a_store_that_one_of_two_ranks_lost_is_unwritten(self, engine):
+        request = engine.request("first")
+        engine.begin_load(request, [])
+        meta = engine.scheduler.build_connector_meta(output_of(request, [1, 2, 3, 4, 5, 6, 7]))
+        (job_id,) = meta.store_jobs
+        engine.jobs[job_id].pending_count = 2
+        for failed in ({job_id}, set()):
+            report = LMCacheWorkerMetadata({job_id: 1}, failed_jobs=failed)
+            engine.scheduler.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=report))
+        assert engine.scheduler.scheduler.manager.primary_tier._policy.chunks == {}
+        assert not engine.jobs
