@@ -19,30 +19,40 @@ _Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Adapters:
-    """Identities of adapters by path, read again when their files change."""
+    """Identities of adapters, read when an adapter is first used.
+
+    Files that change afterwards may or may not be what this engine computes with: then the adapter is
+    unknown ("") until it is loaded under a new id.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[_Stamp, str]] = {}
+        self._paths: dict[tuple[str, int], str] = {}  # resolving one may ask the Hub
+        self._known: dict[tuple[str, int], tuple[_Stamp, str]] = {}
 
-    def label(self, request: Any) -> None:  # noqa: ANN401  vLLM's Request
+    def label(self, request: Any) -> bool:  # noqa: ANN401  vLLM's Request
         """Put the identity of the request's adapter where the tiers look for it, whatever a client sent."""
         if request.lora_request is None:
             if request.kv_transfer_params:
                 request.kv_transfer_params.pop(ADAPTER_PARAM, None)
-            return
+            return True
         identity = self._identity(request.lora_request)
         request.kv_transfer_params = {**(request.kv_transfer_params or {}), ADAPTER_PARAM: identity}
+        return True
 
     def _identity(self, adapter: LoRARequest) -> str:
-        path = get_adapter_absolute_path(adapter.lora_path)
+        key = (adapter.lora_path, adapter.lora_int_id)
+        if key not in self._paths:
+            self._paths[key] = get_adapter_absolute_path(adapter.lora_path)
+        path = self._paths[key]
         stamp = _stamp(path)
         if stamp is None:
             return ""
-        known = self._known.get(path)
-        if known is None or known[0] != stamp:
+        if key not in self._known:
             found = adapter_identity(path)
-            known = self._known[path] = (stamp, found.hex() if found else "")
-        return known[1]
+            self._known[key] = (stamp, found.hex() if found else "")
+        elif self._known[key][0] != stamp:
+            self._known[key] = ((), "")
+        return self._known[key][1]
 
 
 def _stamp(path: str) -> _Stamp | None:
