@@ -325,7 +325,7 @@ class TestShutdown:
         bench.store.gate.clear()
         bench.store_rows([key(1)], [1])
         assert bench.store.entered.acquire(timeout=WAIT_S)
-        with pytest.raises(StoreTimeout, match="disk: work left after 0.0 s"):
+        with pytest.raises(StoreTimeout, match=r"disk: work left after 0\.0 s"):
             bench.tier.shutdown()
         assert bench.tier._rows is not None
         bench.store.gate.set()
