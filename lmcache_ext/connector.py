@@ -91,7 +91,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._settings = found
         self._min_retrieve_tokens = found.config.live.min_retrieve_tokens
         if role == KVConnectorRole.SCHEDULER:
-            if transfer.kv_load_failure_policy == "fail":  # vLLM's default; no miss is worth a request
+            if transfer.kv_connector_extra_config.get(settings.LOAD_FAILURE_POLICY) != "fail":
                 transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
             self._open_namespace(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)

@@ -32,6 +32,8 @@ NAMESPACE = "lmcache_ext.namespace"
 """Connector setting: hex of the namespace, for the spec."""
 FLUSH_TIMEOUT = "lmcache_ext.flush_timeout_s"
 """Connector setting: seconds a stopping engine may spend writing what is not yet stored."""
+LOAD_FAILURE_POLICY = "lmcache_ext.kv_load_failure_policy"
+"""Connector setting: "fail" where a user chose that; the same text as in `plugin`, which imports no vllm."""
 
 _POLICY_MODULE = "lmcache_ext.offload.policies"
 _POLICIES = {

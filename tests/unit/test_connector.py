@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config import KVTransferConfig
-from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -22,7 +21,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from lmcache_ext import connector as connector_module
@@ -30,6 +29,7 @@ from lmcache_ext.connector import LMCacheConnectorV1, LMCacheWorkerMetadata
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.rows import rows_path
 from lmcache_ext.offload.tier import ADAPTER_PARAM
+from lmcache_ext.plugin import LOAD_FAILURE_POLICY
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
 
@@ -75,10 +75,10 @@ def kv_cache_config():
 class Engine:
     """What vLLM's engine does with a connector, in the order in which it does it."""
 
-    def __init__(self, vllm_config, path, **settings):
+    def __init__(self, vllm_config, path, *, connector=None, **settings):
         extra = {"lmcache.chunk_size": CHUNK, "lmcache.max_local_cpu_size": "1Mi"}
         extra |= {"lmcache.local_disk": f"file://{path}", "lmcache.max_local_disk_size": "64Mi"}
-        extra |= {f"lmcache.{name}": value for name, value in settings.items()}
+        extra |= {f"lmcache.{name}": value for name, value in settings.items()} | (connector or {})
         self.transfer = vllm_config.kv_transfer_config
         self.transfer.kv_connector_extra_config = extra
         self.transfer.engine_id = self.engine_id = f"test-{uuid.uuid4().hex}"
@@ -269,8 +269,9 @@ class TestReuse:
 
 
 class TestLife:
-    def test_a_failed_load_is_computed_again_whatever_vllm_defaults_to(self, engine):
-        assert engine.transfer.kv_load_failure_policy == "recompute"
+    @pytest.mark.parametrize(("chosen", "policy"), [({}, "recompute"), ({LOAD_FAILURE_POLICY: "fail"}, "fail")])
+    def test_a_failed_load_is_computed_again_unless_the_user_chose_otherwise(self, make_engine, chosen, policy):
+        assert make_engine(connector=chosen).transfer.kv_load_failure_policy == policy
 
     def test_shutdown_unmaps_everything_and_leaves_no_name(self, vllm_config, tmp_path):
         engine = Engine(vllm_config, tmp_path / "disk")
@@ -416,20 +417,6 @@ class TestFailedLoad:
         assert not warm.copier._pending
         assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
 
-    def test_of_one_rank_fails_the_request_once_both_have_reported(self):
-        aggregator = KVOutputAggregator(expected_finished_count=2)
-        failed = LMCacheWorkerMetadata({5: 1}, failed_jobs={5})
-        outputs = [
-            [KVConnectorOutput(finished_recving={"r"}, failed_recving={"r"}, kv_connector_worker_meta=failed), None],
-            [None, KVConnectorOutput(finished_recving={"r"}, kv_connector_worker_meta=LMCacheWorkerMetadata({5: 1}))],
-        ]
-        reports = []
-        for ranks in outputs:
-            results = [ModelRunnerOutput(req_ids=[], req_id_to_index={}, kv_connector_output=out) for out in ranks]
-            reports.append(aggregator.aggregate(results).kv_connector_output)
-        assert [report.failed_recving for report in reports] == [set(), {"r"}]
-        assert [report.finished_recving for report in reports] == [None, {"r"}]
-
 
 class TestFailedStore:
     def test_is_never_found(self, engine, monkeypatch):
@@ -475,14 +462,6 @@ class TestPatience:
 
 
 class TestWorkerMetadata:
-    def test_of_ranks_adds_completions_and_joins_failures(self):
-        first = LMCacheWorkerMetadata({1: 1, 2: 1}, failed_jobs={1})
-        second = LMCacheWorkerMetadata({2: 1, 3: 1}, failed_jobs={3})
-        both = first.aggregate(second)
-        assert isinstance(both, LMCacheWorkerMetadata)
-        assert both.completed_jobs == {1: 1, 2: 2, 3: 1}
-        assert both.failed_jobs == {1, 3}
-
     def test_names_a_failed_store_only_once_it_is_complete(self, engine):
         engine.worker._failed_jobs = {1, 2}
         engine.worker.connector_worker._connector_worker_meta.mark_completed(2)

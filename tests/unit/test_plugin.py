@@ -10,6 +10,7 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from lmcache_ext import connector, plugin
+from lmcache_ext.offload import settings
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,7 @@ def test_the_variable_takes_the_names_over_all_the_same(monkeypatch, word):
 def test_vllm_finds_the_plugin_by_its_entry_point():
     (found,) = entry_points(group="vllm.general_plugins", name="lmcache_ext")
     assert found.load() is plugin.register
+
+
+def test_the_load_failure_policy_has_one_name_on_both_sides():
+    assert plugin.LOAD_FAILURE_POLICY == settings.LOAD_FAILURE_POLICY
