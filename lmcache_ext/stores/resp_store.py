@@ -147,8 +147,14 @@ class RespStore(Store):
             if self._get_parts(key, manifest, views, pool, wire, deadline):
                 return manifest.num_bytes
         with suppress(StoreError):  # who may not delete still has a miss
-            self._delete([key], deadline)
+            self._remove_torn(key, manifest, deadline)
         return None
+
+    def _remove_torn(self, key: bytes, manifest: Manifest, deadline: Deadline) -> None:
+        """Remove what is left of an object that misses a part, unless it was written anew meanwhile."""
+        head = self._ask([(key, _head_of(key))], deadline)[0]
+        names = [redis_key(key)] if _manifest_in(head, key) == manifest else []
+        self._ask([(key, (b"UNLINK", *names, *manifest.part_keys(key)))], deadline)
 
     def _get_parts(
         self, key: bytes, manifest: Manifest, views: Sequence[memoryview], pool: Pool, wire: Wire, deadline: Deadline
