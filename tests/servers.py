@@ -73,7 +73,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        until(lambda: is_listening(self.port), f"{self._command[0]} on port {self.port}: {self.log()}")
+        until(lambda: is_listening(self.port), lambda: f"{self._command} listens: {self.log()}")
         return self
 
     def log(self) -> str:
@@ -97,12 +97,12 @@ def is_listening(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
+def until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = START_S) -> None:
     """Wait for a condition; fails the test where it does not come."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"not within {timeout_s:g} s: {what}")
+            pytest.fail(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.02)
 
 

@@ -1,0 +1,218 @@
+"""Other ways to reach Redis: over TLS, after a failover, in a cluster that changes."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from lmcache_ext.errors import StoreError, StoreUnavailable
+from lmcache_ext.stores.base import Store
+from lmcache_ext.stores.registry import open_store
+from lmcache_ext.stores.resp_parts import redis_key, slot_of
+from tests import servers
+from tests.contracts.store_contract import StoreContract, get, key_of, views
+from tests.unit.test_redis import RedisBypass, closing, emptied
+
+PEM = serialization.Encoding.PEM
+
+
+def write_certificates(directory: Path) -> Path:
+    """A CA and a certificate of 127.0.0.1: ca.pem, key.pem, cert.pem."""
+    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test ca")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
+    today = datetime.datetime.now(datetime.UTC)
+
+    def sign(subject: x509.Name, public: ec.EllipticCurvePublicKey, extension: x509.ExtensionType) -> bytes:
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(ca_name).public_key(public)
+        builder = builder.serial_number(x509.random_serial_number()).add_extension(extension, critical=True)
+        builder = builder.not_valid_before(today - datetime.timedelta(days=1))
+        return (
+            builder.not_valid_after(today + datetime.timedelta(days=1)).sign(ca_key, hashes.SHA256()).public_bytes(PEM)
+        )
+
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    (directory / "ca.pem").write_bytes(sign(ca_name, ca_key.public_key(), x509.BasicConstraints(True, None)))
+    (directory / "cert.pem").write_bytes(sign(name, key.public_key(), host))
+    plain = serialization.NoEncryption()
+    (directory / "key.pem").write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, plain))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def tls_server(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    flags = ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "ca.pem"]
+    flags = [str(certificates / flag) if flag.endswith("pem") else flag for flag in flags]
+    user = ["--user", *["kv", "on", ">s3cret", "~*", "&*", "+@all"], "--tls-auth-clients", "no"]
+    with servers.server("redis", tmp_path_factory.mktemp("tls"), *flags, *user, tls=True) as server:
+        yield server
+
+
+class TestRedisTls(RedisBypass, StoreContract):
+    """With an ACL user, and the server's certificate verified."""
+
+    @pytest.fixture
+    def client(self, tls_server: servers.Server, certificates: Path) -> redis.Redis:
+        return emptied(
+            redis.Redis(port=tls_server.port, ssl=True, ssl_ca_certs=str(certificates / "ca.pem"), host="127.0.0.1")
+        )
+
+    @pytest.fixture
+    def store(self, tls_server: servers.Server, certificates: Path) -> Iterator[Store]:
+        url = f"rediss://kv:s3cret@{tls_server.address}?ssl_ca_certs={certificates / 'ca.pem'}"
+        yield from closing(url, part_bytes=1024**2)
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_a_certificate_that_nobody_vouches_for_is_refused(scheme: str, tls_server: servers.Server) -> None:
+    store = open_store(f"{scheme}://kv:s3cret@{tls_server.address}")
+    with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+        store.ping()
+    store.close()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_a_certificate_of_another_host_is_refused(scheme: str, tls_server: servers.Server, certificates: Path) -> None:
+    authority = f"kv:s3cret@localhost:{tls_server.port}"
+    store = open_store(f"{scheme}://{authority}?ssl_ca_certs={certificates / 'ca.pem'}")
+    with pytest.raises(StoreUnavailable, match="mismatch"):
+        store.ping()
+    store.close()
+
+
+def test_a_plain_client_of_a_tls_server_is_unavailable(tls_server: servers.Server) -> None:
+    store = open_store(f"redis://{tls_server.address}", options={"request_timeout_s": 1.0})
+    with pytest.raises(StoreError):
+        store.ping()
+    store.close()
+
+
+@contextmanager
+def replicated(kind: str, directory: Path) -> Iterator[tuple[servers.Server, servers.Server]]:
+    """A master and its replica, in sync."""
+    with servers.server(kind, directory) as master:
+        flags = ["--replicaof", "127.0.0.1", str(master.port), "--repl-diskless-sync-delay", "0"]
+        servers.command(master.port, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+        with servers.server(kind, directory, *flags) as replica:
+            servers.until(
+                lambda: b"master_link_status:up" in servers.command(replica.port, "INFO", "replication"), "in sync"
+            )
+            yield master, replica
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("kind", ["redis", "valkey"])
+def test_a_failover_is_followed(kind: str, tmp_path: Path) -> None:
+    with (
+        replicated(kind, tmp_path) as (master, replica),
+        servers.sentinels(kind, tmp_path, master) as (sentinel,),
+    ):
+        servers.until(lambda: b"slaves=1" in servers.command(sentinel.port, "INFO", "sentinel"), "replica known", 15)
+        store = open_store(f"{kind}-sentinel://{sentinel.address}", options={"request_timeout_s": 1.0})
+        store.put(key_of("before"), views(b"1"))
+        servers.until(lambda: b":1" in servers.command(replica.port, "DBSIZE"), "replicated")
+        master.kill()
+        servers.until(lambda: stored(store, key_of("after")), "writes go to the new master", 20)
+        assert get(store, key_of("before"), 1) == b"1"
+        assert get(store, key_of("after"), 5) == b"after"
+        store.close()
+
+
+@pytest.mark.redis
+def test_a_master_that_was_demoted_is_left(tmp_path: Path) -> None:
+    """READONLY: the connection still stands, but it leads to a replica now."""
+    with (
+        replicated("redis", tmp_path) as (master, _),
+        servers.sentinels("redis", tmp_path, master) as (sentinel,),
+    ):
+        servers.until(lambda: b"slaves=1" in servers.command(sentinel.port, "INFO", "sentinel"), "replica known", 15)
+        store = open_store(f"redis-sentinel://{sentinel.address}", options={"request_timeout_s": 1.0})
+        assert stored(store, key_of("a"))
+        failover = ("SENTINEL", "FAILOVER", "redismaster")
+        servers.until(lambda: b"+OK" in servers.command(sentinel.port, *failover), "a good replica is known", 15)
+        servers.until(lambda: b"role:slave" in servers.command(master.port, "INFO", "replication"), "demoted", 15)
+        servers.until(lambda: stored(store, key_of("b")), "writes go to the new master", 10)
+        store.close()
+
+
+def stored(store: Store, key: bytes) -> bool:
+    try:
+        store.put(key, views(key[16:]))
+    except StoreError:
+        return False
+    return True
+
+
+def test_nobody_knows_the_service(tmp_path: Path) -> None:
+    with (
+        servers.server("redis", tmp_path) as master,
+        servers.sentinels("redis", tmp_path, master) as (sentinel,),
+    ):
+        store = open_store(f"redis-sentinel://{sentinel.address}/another")
+        with pytest.raises(StoreUnavailable, match="does not know it"):
+            store.ping()
+        store.close()
+
+
+def test_slots_that_move_are_followed(tmp_path: Path) -> None:
+    with servers.cluster("redis", tmp_path) as nodes:
+        store = open_store(f"redis-cluster://{nodes[0].address}", options={"part_bytes": 1000})
+        key = key_of("moving")
+        data = os.urandom(3000)
+        store.put(key, views(data))
+        owner = min(index for index in range(3) if slot_of(key) < 16384 * (index + 1) // 3)
+        source, target = nodes[owner], nodes[(owner + 1) % 3]
+        ids = {node.port: servers.command(node.port, "CLUSTER", "MYID").split(b"\r\n")[1] for node in nodes}
+        servers.command(target.port, "CLUSTER", "SETSLOT", slot_of(key), "IMPORTING", ids[source.port])
+        servers.command(source.port, "CLUSTER", "SETSLOT", slot_of(key), "MIGRATING", ids[target.port])
+        names = list(redis.Redis(port=source.port).scan_iter())
+        assert len(names) == 4
+        for name in names:
+            servers.command(source.port, "MIGRATE", "127.0.0.1", target.port, name, 0, 1000)
+        assert get(store, key, 3000) is None  # ASK: a miss while it moves
+        for node in (target, source):
+            servers.command(node.port, "CLUSTER", "SETSLOT", slot_of(key), "NODE", ids[target.port])
+        assert get(store, key, 3000) == data
+        assert store.exists([key]) == [True]
+        assert redis.Redis(port=target.port).exists(redis_key(key)) == 1
+        store.close()
+
+
+@pytest.mark.redis
+def test_a_dead_node_costs_its_own_keys_only(tmp_path: Path) -> None:
+    with servers.cluster("redis", tmp_path) as nodes:
+        for node in nodes:
+            servers.command(node.port, "CONFIG", "SET", "cluster-require-full-coverage", "no")
+        store = open_store(f"redis-cluster://{nodes[0].address}", options={"request_timeout_s": 1.0})
+        keys = [key_of(str(index)) for index in range(30)]
+        for key in keys:
+            store.put(key, views(b"x"))
+        nodes[0].kill()
+        found = [found_or_none(store, key) for key in keys]
+        lost = [index for index, key in enumerate(keys) if slot_of(key) < 16384 // 3]
+        assert [index for index, data in enumerate(found) if data is None] == lost
+        assert 0 < len(lost) < 30
+        store.close()
+
+
+def found_or_none(store: Store, key: bytes) -> bytes | None:
+    try:
+        return get(store, key, 1)
+    except StoreError:
+        return None
