@@ -79,7 +79,7 @@ def size(text: str) -> int:
 def memory_limit(paths: Sequence[str] = _CGROUP_LIMITS) -> int:
     """What this process may use at most: the container's limit, or the machine's memory."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in paths:
+    for path in (*paths, *_own_cgroup()):
         try:
             text = Path(path).read_text().strip()
         except OSError:
@@ -87,6 +87,15 @@ def memory_limit(paths: Sequence[str] = _CGROUP_LIMITS) -> int:
         if text.isdigit() and int(text) > 0:
             limit = min(limit, int(text))
     return limit
+
+
+def _own_cgroup() -> list[str]:
+    """Where a process outside of containers finds its own limit (systemd's MemoryMax)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    return [f"/sys/fs/cgroup{line[3:]}/memory.max" for line in lines if line.startswith("0::/")]
 
 
 def _settle(arguments: argparse.Namespace) -> None:

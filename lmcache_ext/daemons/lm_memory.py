@@ -138,7 +138,7 @@ class Memory:
             return
         self._spares.setdefault(block.charged_bytes, []).append(block)
         self._spare_bytes += block.charged_bytes
-        while self._spare_bytes > self.capacity_bytes // 8 and self._drop_spare():
+        while self._spare_bytes > max(self.capacity_bytes // 8, block.charged_bytes) and self._drop_spare():
             pass
 
     def _hold(self, block: Block) -> None:

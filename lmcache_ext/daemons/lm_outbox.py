@@ -31,7 +31,9 @@ class Outbox:
         self._running = False
         self._is_closed = False
         self.sent_bytes = 0
-        transport.set_write_buffer_limits(high=0)
+        is_tls = transport.get_extra_info("sslcontext") is not None
+        # Told of the first byte that waits. TLS transports compare with >=: at 0 they would pause for nothing.
+        transport.set_write_buffer_limits(high=1 if is_tls else 0, low=0)
 
     def __len__(self) -> int:
         """Replies not handed to the system yet."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
+from lmcache_ext.daemons.lmserver import main
 from lmcache_ext.errors import ConfigError, StoreFull, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.lmserver import LMServerStore, Settings, open_lm, parse_addresses, parse_options
@@ -346,6 +348,13 @@ class TestSharded:
         with pytest.raises(StoreUnavailable, match="none of 3"):
             store.put(key_of("a"), views(b"x"))
         store.close()
+
+
+def test_the_package_declares_the_store_and_both_commands() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["lmcache_ext.stores"]["lm"] == f"{open_lm.__module__}:{open_lm.__name__}"
+    command = f"{main.__module__}:{main.__name__}"
+    assert [project["scripts"][name] for name in ("lmcache_server", "lmcache_experimental_server")] == [command] * 2
 
 
 def test_urls_of_one_and_of_many_servers() -> None:
