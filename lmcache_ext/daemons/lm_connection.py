@@ -88,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
         self._num_jobs = 0
         self._is_advancing = False
         self._is_ending = False
+        self._is_at_eof = False
         self._is_reading = True
         self._is_lost = False
         self._loop = asyncio.get_running_loop()
@@ -131,11 +132,10 @@ class Connection(asyncio.BufferedProtocol):
         self._advance()
 
     def eof_received(self) -> bool:
-        self._abandon()
-        self._is_ending = True
-        if self._is_idle():
-            return False
-        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed connections
+        """What was sent before the end is answered; TLS knows no half-closed connections."""
+        self._is_at_eof = True
+        self._advance()
+        return not self._transport.is_closing() and self._transport.get_extra_info("sslcontext") is None
 
     def pause_writing(self) -> None:
         self._outbox.pause()
@@ -255,6 +255,9 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 intake.at += decoder.drain(intake.view[intake.at :])
             if decoder.body_left:
+                if self._is_at_eof:
+                    self._abandon()
+                    self._is_ending = True
                 return False
             self._intake = self._read_deadline = None
             intake.done()
@@ -263,6 +266,7 @@ class Connection(asyncio.BufferedProtocol):
             return False
         head = decoder.head()
         if head is None:
+            self._is_ending = self._is_at_eof
             return False
         self._read_deadline = None
         self._dialect.on_head(head)
@@ -273,7 +277,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._is_ending and self._is_idle():
             self._transport.close()
             return
-        reads = self._intake is not None or (not self._is_ending and self._may_go_on())
+        reads = not self._is_at_eof and (self._intake is not None or (not self._is_ending and self._may_go_on()))
         if reads != self._is_reading and not self._transport.is_closing():
             self._is_reading = reads
             if reads:

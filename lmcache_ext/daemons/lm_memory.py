@@ -93,8 +93,7 @@ class Memory:
                 self._spare_bytes -= charge
                 return _again(block, num_bytes)
             if self.charged_bytes + charge <= self.capacity_bytes:
-                self.charged_bytes += charge
-                return Block(num_bytes, charge, _allocate(charge - OVERHEAD_BYTES))
+                return self._fresh(num_bytes, charge)
             if not self._drop_spare() and not self._evict():
                 self.counters.num_refused += 1
                 return None
@@ -140,6 +139,15 @@ class Memory:
         self._spare_bytes += block.charged_bytes
         while self._spare_bytes > max(self.capacity_bytes // 8, block.charged_bytes) and self._drop_spare():
             pass
+
+    def _fresh(self, num_bytes: int, charge: int) -> Block | None:
+        try:
+            room = _allocate(charge - OVERHEAD_BYTES)
+        except (MemoryError, OSError):  # the system has less than our limit, or no more mappings
+            self.counters.num_refused += 1
+            return None
+        self.charged_bytes += charge
+        return Block(num_bytes, charge, room)
 
     def _hold(self, block: Block) -> None:
         block.num_holders += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import count
@@ -187,9 +188,10 @@ class Answered(Exception):
 
 def connect(address: Address, tls: ssl.SSLContext | None, token: bytes, timeout_s: float) -> Link:
     """Connect, ask which protocol is spoken, and introduce ourselves. Raises StoreError."""
+    deadline = time.monotonic() + timeout_s
     line = Line.connect(address, tls, timeout_s)
     try:
-        line.begin(timeout_s)
+        line.begin(deadline - time.monotonic())
         if v2.speaks_v2(_ask(line, v2.hello_request())):
             return V2Link(line, address, token)
         if token:

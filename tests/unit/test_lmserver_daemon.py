@@ -117,6 +117,17 @@ def test_a_truncated_put_is_never_visible(shared: ServerProcess, within_v2: bool
         assert client.get(name)[0][0] == 400
 
 
+def test_what_was_asked_before_the_end_of_the_stream_is_answered(shared: ServerProcess) -> None:
+    with shared.dial() as client:
+        client.put("eof@1@0@0@half", b"x" * 100_000)
+        client.sock.sendall(client.frame(2, "eof@1@0@0@half") * 100 + b"and a part of a request")
+        client.sock.shutdown(socket.SHUT_WR)
+        for _ in range(100):
+            assert client.reply()[:2] == (200, 100_000)
+            client.exactly(100_000)
+        assert client.is_closed()
+
+
 def test_a_put_that_ends_with_the_stream_counts(shared: ServerProcess) -> None:
     with shared.dial() as client:
         client.put("last@1@0@0@half", b"x" * MIB)
