@@ -80,19 +80,24 @@ class Pool:
             message = f"all {self._num_connections} connections are busy for {deadline.timeout_s:.3g} s"
             raise StoreTimeout(f"{self.label}: {message}")
         try:
-            with self._checked_out(deadline) as wire:
+            with self._lent(self._open(deadline)) as wire:
                 yield wire
         finally:
             self._free.release()
 
     @contextmanager
     def spare(self, deadline: Deadline) -> Iterator[Wire | None]:
-        """One more connection where there is one now, else None: never waits, so holding two cannot lock up."""
+        """One more connection where one can be had now, else None: never waits, so holding two cannot lock up."""
         if not self._free.acquire_now():
             yield None
             return
         try:
-            with self._checked_out(deadline) as wire:
+            try:
+                wire = self._open(deadline)
+            except StoreError:  # too many clients, say: one connection will do
+                yield None
+                return
+            with self._lent(wire):
                 yield wire
         finally:
             self._free.release()
@@ -110,8 +115,7 @@ class Pool:
         self.close_idle()
 
     @contextmanager
-    def _checked_out(self, deadline: Deadline) -> Iterator[Wire]:
-        wire = self._idle_one() or self._dialled(deadline)
+    def _lent(self, wire: Wire) -> Iterator[Wire]:
         try:
             yield wire
         except BaseException as error:
@@ -124,10 +128,11 @@ class Pool:
             raise
         self._give_back(wire)
 
-    def _dialled(self, deadline: Deadline) -> Wire:
+    def _open(self, deadline: Deadline) -> Wire:
+        """An idle connection that still stands, or a new one."""
         if self._closed:
             raise StoreUnavailable(f"{self.label}: the store is closed")
-        return self._dial(deadline)
+        return self._idle_one() or self._dial(deadline)
 
     def _idle_one(self) -> Wire | None:
         while True:

@@ -19,8 +19,7 @@ from lmcache_ext.stores.redis_options import RespOptions
 from lmcache_ext.stores.resp import Argument, ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import (
     MANIFEST_BYTES,
-    PART_BYTES,
-    WHOLE_BYTES,
+    WHOLE_PARTS,
     Manifest,
     new_manifest,
     parse_manifest,
@@ -62,7 +61,7 @@ class RespStore(Store):
         self._ttl_ms = None if options.ttl_s is None else max(1, round(options.ttl_s * 1000))
         self._touches = options.ttl_touch and options.ttl_s is not None
         self._part_bytes = options.part_bytes
-        self._whole_bytes = WHOLE_BYTES * options.part_bytes // PART_BYTES
+        self._whole_bytes = int(WHOLE_PARTS * options.part_bytes)
         self._topology = topology
         self._clock = clock
 
@@ -87,7 +86,12 @@ class RespStore(Store):
             self._publish(key, views, None, deadline)
             return
         manifest = new_manifest(num_bytes, self._part_bytes)
-        self._looking_again(lambda: self._put_parts(key, views, manifest, deadline))
+        try:
+            self._looking_again(lambda: self._put_parts(key, views, manifest, deadline))
+        except StoreFull:
+            with suppress(StoreError):  # what little room there is, is not for parts of nothing
+                self._ask([(key, (b"UNLINK", *manifest.part_keys(key)))], deadline)
+            raise
         self._publish(key, [memoryview(manifest.encode(key))], manifest, deadline)
 
     def delete(self, keys: Sequence[bytes]) -> None:
@@ -255,11 +259,11 @@ class RespStore(Store):
         try:
             return call()
         except Moved:
-            self._topology.refresh()
+            self._topology.refresh(moved=True)
         except StoreFull:
             raise
         except StoreError:
-            self._topology.refresh()
+            self._topology.refresh(moved=False)
             raise
         return call()
 

@@ -7,6 +7,7 @@ deadline of the call bounds them, whatever the sentinels and nodes do.
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -16,6 +17,9 @@ from lmcache_ext.stores.resp import ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import NUM_SLOTS, slot_of
 from lmcache_ext.stores.resp_pool import Pool
 from lmcache_ext.stores.resp_wire import Deadline, Wire
+
+REFRESH_S = 1.0
+"""After a failure the slots are asked for at most this often; after MOVED at once."""
 
 Connect = Callable[[Address, Deadline], Wire]
 """Connects, and says who we are (AUTH, TLS, SELECT). Raises StoreError."""
@@ -47,6 +51,11 @@ def ask(wire: Wire, deadline: Deadline, *arguments: bytes) -> Reply:
     return reply
 
 
+def share(deadline: Deadline, num_left: int, limit_s: float) -> Deadline:
+    """A fair share of the time for one of `num_left` servers: one that hangs leaves time for the others."""
+    return deadline.within(min(limit_s, deadline.left_s() / num_left))
+
+
 class Topology(ABC):
     """Where keys live.
 
@@ -65,8 +74,8 @@ class Topology(ABC):
         """Every server that has keys."""
 
     @abstractmethod
-    def refresh(self) -> None:
-        """Look again at the next call: a server said or showed that something changed."""
+    def refresh(self, *, moved: bool) -> None:
+        """Look again at the next call: a server said that a key moved, or failed, and may have been replaced."""
 
     @abstractmethod
     def close(self) -> None:
@@ -88,7 +97,7 @@ class Single(Topology):
     def pools(self, deadline: Deadline) -> list[Pool]:
         return [self._pool]
 
-    def refresh(self) -> None:
+    def refresh(self, *, moved: bool) -> None:
         """It is where it is."""
 
     def close(self) -> None:
@@ -111,7 +120,7 @@ class Sentinels(Topology):
     def pools(self, deadline: Deadline) -> list[Pool]:
         return [self._pool]
 
-    def refresh(self) -> None:
+    def refresh(self, *, moved: bool) -> None:
         self._pool.close_idle()
 
     def close(self) -> None:
@@ -123,9 +132,11 @@ class Sentinels(Topology):
     def _master(self, deadline: Deadline) -> Address:
         """Where the master is, by the first sentinel that knows; that one is asked first next time."""
         causes = []
-        for sentinel in list(self._sentinels):
+        sentinels = self._sentinels
+        for index, sentinel in enumerate(sentinels):
             try:
-                master = self._ask(sentinel, deadline.within(self._options.sentinel_timeout_s))
+                short = share(deadline, len(sentinels) - index + 1, self._options.sentinel_timeout_s)
+                master = self._ask(sentinel, short)
             except StoreError as error:
                 causes.append(str(error))
                 continue
@@ -151,9 +162,11 @@ class Sentinels(Topology):
 class Cluster(Topology):
     """The nodes of a cluster, by slot."""
 
-    def __init__(self, options: RespOptions, connect: Connect) -> None:
+    def __init__(self, options: RespOptions, connect: Connect, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._options = options
         self._connect = connect
+        self._clock = clock
+        self._learnt_at = 0.0
         self._lock = threading.Lock()
         self._pools: dict[Address, Pool] = {}
         self._owners: list[Pool | None] = []
@@ -162,17 +175,18 @@ class Cluster(Topology):
     def pool_of(self, key: bytes, deadline: Deadline) -> Pool:
         owner = self._slots(deadline)[slot_of(key)]
         if owner is None:
-            self.refresh()
+            self.refresh(moved=False)
             raise StoreUnavailable(f"{self._options.name} cluster: no node serves slot {slot_of(key)}")
         return owner
 
     def pools(self, deadline: Deadline) -> list[Pool]:
         found = {id(pool): pool for pool in self._slots(deadline) if pool is not None}
-        return list(found.values())
+        return sorted(found.values(), key=lambda pool: pool.label)
 
-    def refresh(self) -> None:
+    def refresh(self, *, moved: bool) -> None:
         with self._lock:
-            self._owners = []
+            if moved or self._clock() - self._learnt_at > REFRESH_S:
+                self._owners = []
 
     def close(self) -> None:
         with self._lock:
@@ -204,6 +218,7 @@ class Cluster(Topology):
         for address in set(self._pools) - {address for _, _, address in ranges}:
             self._pools.pop(address).close()
         self._owners = owners
+        self._learnt_at = self._clock()
         return owners
 
     def _new_pool(self, address: Address) -> Pool:
@@ -212,10 +227,9 @@ class Cluster(Topology):
 
     def _ask_any(self, addresses: list[Address], deadline: Deadline) -> list[tuple[int, int, Address]]:
         causes = []
-        for address in addresses:
+        for index, address in enumerate(addresses):
             try:
-                # A node that hangs must leave time for the others.
-                short = deadline.within(self._options.connect_timeout_s)
+                short = share(deadline, len(addresses) - index, self._options.connect_timeout_s)
                 return _slot_ranges(self._ask(address, short), address)
             except StoreError as error:
                 causes.append(str(error))

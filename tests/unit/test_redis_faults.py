@@ -19,6 +19,8 @@ from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.guard import WRITE, Guarded
 from lmcache_ext.stores.registry import open_store
 from lmcache_ext.stores.resp_parts import new_manifest, redis_key
+from lmcache_ext.stores.resp_pool import Pool
+from lmcache_ext.stores.resp_wire import Deadline, Wire
 from tests import servers
 from tests.contracts.store_contract import Landing, get, key_of, views
 
@@ -154,6 +156,39 @@ def test_garbage_is_unavailable_and_the_connection_is_dropped(data: bytes) -> No
     assert len(connections) == len(every_call(store)) + 1  # an object in parts takes two at once
 
 
+def test_servers_that_hang_leave_time_for_the_one_that_answers(server: servers.Server, tmp_path: Path) -> None:
+    with (
+        played(lambda sock: time.sleep(60)) as deaf,
+        servers.sentinels("redis", tmp_path, server) as (sentinel,),
+        servers.server("redis", tmp_path, "--cluster-enabled", "yes") as node,
+    ):
+        servers.command(node.port, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        servers.until(lambda: b"cluster_state:ok" in servers.command(node.port, "CLUSTER", "INFO"), "cluster")
+        for url in (f"redis-sentinel://{deaf},{deaf},{sentinel.address}", f"redis-cluster://{deaf},{node.address}"):
+            with opened(url, request_timeout_s=0.6) as store:
+                assert store.exists([KEY]) == [False]
+
+
+def test_a_server_that_takes_one_client_is_served_by_one(tmp_path: Path) -> None:
+    flags = ["--maxclients", "1", "--requirepass", "pw"]
+    with (
+        servers.server("redis", tmp_path, *flags) as server,
+        opened(f"redis://:pw@{server.address}", part_bytes=1000) as store,
+    ):
+        servers.until(lambda: stored(store), "the client that looked for the port is gone")
+        data = os.urandom(9999)
+        store.put(KEY, views(data))
+        assert get(store, KEY, 9999) == data
+
+
+def stored(store: Store) -> bool:
+    try:
+        store.put(KEY, views(b"x"))
+    except StoreError:
+        return False
+    return True
+
+
 def test_a_server_that_refuses_is_unavailable_at_once() -> None:
     with opened(f"redis://127.0.0.1:{servers.free_port()}", request_timeout_s=5.0) as store:
         assert_all_fail_within(store, 0.3, StoreUnavailable)
@@ -207,6 +242,7 @@ def test_maxmemory_without_eviction_is_full_and_reads_go_on(tmp_path: Path) -> N
         for size in (9 * MIB, 30 * MIB):
             with pytest.raises(StoreFull, match="OOM"):
                 store.put(key_of("b"), views(os.urandom(size)))
+            assert servers.command(server.port, "DBSIZE") == b":1\r\n", "parts of nothing stay behind"
         assert store.exists([KEY, key_of("b")]) == [True, False]
         for index in range(5):
             with suppress(StoreFull, StoreUnavailable):
@@ -363,28 +399,19 @@ def test_threads_share_few_connections(server: servers.Server, client: redis.Red
         assert len(client.client_list()) <= 1 + 3
 
 
-def test_a_busy_pool_is_a_timeout() -> None:
-    with (
-        played(lambda sock: time.sleep(60)) as address,
-        opened(f"redis://{address}", num_connections=1, request_timeout_s=0.4) as store,
-    ):
-        errors: list[str] = []
-
-        def call() -> None:
-            try:
-                store.exists([KEY])
-            except StoreTimeout as error:
-                errors.append(str(error))
-
-        threads = [threading.Thread(target=call) for _ in range(4)]
-        started_at = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert time.monotonic() - started_at < 1.0
-        assert len(errors) == 4
-        assert any("all 1 connections are busy" in error for error in errors)
+def test_a_busy_pool_is_a_timeout(server: servers.Server) -> None:
+    pool = Pool("p", lambda _: Wire(socket.create_connection(("127.0.0.1", server.port))), 1)
+    with pool.connection(Deadline(5)):
+        with pool.spare(Deadline(5)) as spare:
+            assert spare is None
+        with (
+            pytest.raises(StoreTimeout, match=r"p: all 1 connections are busy for 0\.05 s"),
+            pool.connection(Deadline(0.05)),
+        ):
+            pass
+    with pool.connection(Deadline(0.05)) as wire:
+        assert wire.is_alive()
+    pool.close()
 
 
 def test_a_closed_store_opens_nothing(server: servers.Server, client: redis.Redis) -> None:
