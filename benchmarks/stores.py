@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/stores.py [--seconds 0.5] [--sizes 1 4 16 32] [--threads 1 2]
 
-Starts its own redis-server on loopback. Each value is written under one of a few keys and read back into the same
-buffer, rounds of all rows by turns, so that a busy machine slows every row alike. Prints medians, GB/s.
+Starts its own redis-server on loopback. Values are written under new keys and the last is read back into the same
+buffer; rounds of all rows by turns, so that a busy machine slows every row alike. Prints medians, GB/s.
 """
 
 from __future__ import annotations
@@ -45,19 +45,35 @@ class Row(NamedTuple):
     get: Callable[[int, memoryview], object]
 
 
+class Keys:
+    """A new key for every put, as a cache sees it; a get asks for the thread's last."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}
+
+    def new(self, index: int) -> bytes:
+        self._last[index] = self._last.get(index, 0) + 1
+        return self.last(index)
+
+    def last(self, index: int) -> bytes:
+        return NAMESPACE + b"%d-%d" % (index, self._last[index])
+
+
 def of_store(name: str, store: Store) -> Row:
+    keys = Keys()
     return Row(
         name,
-        lambda index, value: store.put(NAMESPACE + b"%d" % index, [value]),
-        lambda index, value: store.get_into(NAMESPACE + b"%d" % index, [value]),
+        lambda index, value: store.put(keys.new(index), [value]),
+        lambda index, value: store.get_into(keys.last(index), [value]),
     )
 
 
 def of_redis_py(name: str, client: redis.Redis) -> Row:
+    keys = Keys()
     return Row(
         name,
-        lambda index, value: client.set(b"plain%d" % index, value),
-        lambda index, value: client.get(b"plain%d" % index),
+        lambda index, value: client.set(keys.new(index) + b"plain", value),
+        lambda index, value: client.get(keys.last(index) + b"plain"),
     )
 
 
@@ -166,7 +182,7 @@ def main() -> None:
         stores = {
             "redis TCP": open_store(f"redis://{server.address}"),
             "redis unix": open_store(f"unix://{path}"),
-            "disk": open_store(f"file://{directory}/disk"),
+            "disk": open_store(f"file://{directory}/disk", capacity_bytes=768 * MIB),
         }
         rows = [RawSocket(max(arguments.threads)).row()]
         rows += [of_store(name, store) for name, store in stores.items()]
