@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lmcache_ext.connector")
 
-_IDLE_WAIT_S = 0.005  # with nothing to compute, waiting for a short copy is cheaper than another step
+_IDLE_WAIT_S = 0.010  # with nothing to compute, waiting for a short copy is cheaper than another step
 _LOOKUP_PATIENCE_S = 15.0  # a request that is still being looked up then is computed
 
 

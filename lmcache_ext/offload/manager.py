@@ -42,7 +42,10 @@ class BoundedTieringManager(TieringOffloadingManager):
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
-        result = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        self._maybe_process_finished_jobs()
+        if self.primary_tier.lookup(key, req_context) is LookupResult.HIT:
+            return LookupResult.HIT  # vLLM's statistics of every single chunk would double what a lookup costs
+        result: LookupResult = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
         if result is LookupResult.HIT_PENDING and any(tier.is_overdue(key) for tier in self._stored_tiers):
             return LookupResult.MISS
         return result
