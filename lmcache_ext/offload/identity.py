@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -41,6 +42,7 @@ def components(
     """Name -> text of everything two engines must agree on. Call it in EngineCore."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     return {
+        "vllm": ".".join(vllm.__version__.split(".")[:2]),  # may pack a page anew under the same names
         "model": _model(vllm_config),
         "weights": _weights(vllm_config.model_config, vllm_config.load_config),
         "speculative": _speculative(vllm_config),
