@@ -16,7 +16,6 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from lmcache_ext.config import Config, load_config
-from lmcache_ext.errors import ConfigError
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.manager import BoundedTieringManager
@@ -29,12 +28,14 @@ from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
+from lmcache_ext.stores.redis_options import remote_options
 from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.spec")
 
 _LOOKUP_TIMEOUT_S = 1.0  # an existence check that takes longer is a miss
 _MAX_QUEUED_TASKS = 4096
+_LM_OPTIONS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")  # of extra_config, for lm://
 _PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
 
 
@@ -132,16 +133,33 @@ def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
         disk = DiskStore(config.disk_paths, config.live.disk_capacity_bytes)
         found.append((disk, config.local_disk_serde, "local_disk_serde"))
     if config.remote_url is not None:
-        local = config.remote_url.startswith(("file:", "fs:"))
-        remote = open_store(config.remote_url, options={"name": "remote"} if local else config.extra_config)
+        remote = open_store(config.remote_url, options=_remote_settings(config))
         found.append((remote, config.remote_serde, "remote_serde"))
     return [
         (Guarded(store, deadline_s=config.blocking_timeout_s), open_serde(serde, key)) for store, serde, key in found
     ]
 
 
+def _remote_settings(config: Config) -> dict[str, Any]:
+    """What the stores behind `remote_url` may be told, by their own names."""
+    assert config.remote_url is not None
+    if config.remote_url.startswith(("file:", "fs:")):
+        return {"name": "remote"}  # a second directory, told from local_disk in metrics
+    options = remote_options(config.remote.model_dump(), config.extra_config)
+    if not options.get("tls"):
+        options.pop("tls", None)  # not said is not refused: certificates may ask for it
+    options |= {
+        name: value for name, value in config.extra_config.items() if name in _LM_OPTIONS or name.startswith("lm_")
+    }
+    return options
+
+
 def open_serde(name: str, key: str) -> Serde:
-    """The serde called `name`; `key` is the setting that names it. Raises ConfigError."""
-    if name == NaiveSerde.name:
-        return NaiveSerde()
-    raise ConfigError(f"{key}: {name} is not available in this version; use naive, which stores KV bit for bit")
+    """The serde called `name`; `key` is the setting that names it.
+
+    Other encodings are settings of LMCache that this version does not have: KV is then stored bit for
+    bit, which is larger and never wrong.
+    """
+    if name != NaiveSerde.name:
+        logger.warning("%s: %s is not in this version; chunks are stored naive, bit for bit and larger", key, name)
+    return NaiveSerde()
