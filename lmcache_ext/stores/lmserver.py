@@ -5,7 +5,8 @@
 
 Options: `token` or `token_file`; `tls` (true), `tls_ca`, `tls_cert`, `tls_key` (any of these turns TLS on);
 `num_connections` (per server); `connect_timeout_s`, `lookup_timeout_s` (exists, delete, ping), `timeout_s`
-(get, put). Each may be written with `lm_` before it, as in a file whose extra_config serves several stores.
+(get, put). Each may be written with `lm_` before it, as in a file whose extra_config serves several stores;
+LMCache's `tls_enable`, `request_timeout` and `connection_timeout` are understood.
 """
 
 from __future__ import annotations
@@ -149,9 +150,7 @@ def parse_addresses(url: str) -> list[Address]:
 
 def parse_options(url: str, options: Mapping[str, Any]) -> Settings:
     """The options that are ours; those of other stores are passed over. Raises ConfigError."""
-    known = {
-        name: options.get(f"lm_{name}", options.get(name)) for name in (*_TEXTS, *_TIMES, "num_connections", "tls")
-    }
+    known = {name: _option(options, name) for name in (*_TEXTS, *_TIMES, "num_connections", "tls")}
     given = {name: value for name, value in known.items() if value is not None}
     chosen: dict[str, Any] = {name: str(given[name]) for name in ("token", "token_file") if name in given}
     if "token" in chosen and "token_file" in chosen:
@@ -165,6 +164,13 @@ def parse_options(url: str, options: Mapping[str, Any]) -> Settings:
 
 _TEXTS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")
 _TIMES = ("connect_timeout_s", "lookup_timeout_s", "timeout_s")
+_LMCACHE_NAMES = {"tls": "tls_enable", "timeout_s": "request_timeout", "connect_timeout_s": "connection_timeout"}
+
+
+def _option(options: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
+    """By its name, with prefix or without, or as LMCache calls it for its other stores."""
+    written = (f"lm_{name}", name, _LMCACHE_NAMES.get(name, name))
+    return next((options[each] for each in written if options.get(each) is not None), None)
 
 
 def _tls(url: str, given: Mapping[str, Any]) -> ssl.SSLContext | None:

@@ -376,6 +376,8 @@ def test_options_are_read_with_and_without_prefix_and_those_of_others_passed_ove
     assert (settings.timeout_s, settings.num_connections, settings.tls) == (3.0, 2, None)
     assert parse_options("lm://a:1", {"tls": "false", "tls_ca": "/x"}).tls is None
     assert parse_options("lm://a:1", {"tls": True}).tls is not None
+    settings = parse_options("lm://a:1", {"request_timeout": 4, "connection_timeout": 2.5, "tls_enable": True})
+    assert (settings.timeout_s, settings.connect_timeout_s, settings.tls is not None) == (4.0, 2.5, True)
 
 
 @pytest.mark.parametrize(
