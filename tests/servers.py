@@ -161,28 +161,27 @@ def _num_masters(node: Server) -> int:
 
 @contextmanager
 def sentinels(
-    kind: str, directory: Path, master: Server, *, service: str = "redismaster", quorum: int = 1, num: int = 1
+    kind: str, directory: Path, master: Server, *, service: str = "redismaster", num: int = 1, more: Sequence[str] = ()
 ) -> Iterator[list[Server]]:
-    """Sentinels that watch `master`, quick to notice its death."""
+    """Sentinels that watch `master`, quick to notice its death; `more` are lines of their configuration."""
     binary = BINARIES[kind]()
     with ExitStack() as stack:
         found = []
         for _ in range(num):
             port = free_port()
             config = directory / f"sentinel-{port}.conf"
-            config.write_text(_sentinel_config(port, service, master.port, quorum))
+            config.write_text("\n".join([*_sentinel_config(port, service, master.port), *more, ""]))
             one = Server(binary, directory, str(config), "--sentinel", port=port)
             stack.callback(one.kill)
             found.append(one.start())
         yield found
 
 
-def _sentinel_config(port: int, service: str, master_port: int, quorum: int) -> str:
-    lines: Sequence[str] = [
+def _sentinel_config(port: int, service: str, master_port: int) -> list[str]:
+    return [
         f"port {port}",
         "bind 127.0.0.1",
-        f"sentinel monitor {service} 127.0.0.1 {master_port} {quorum}",
+        f"sentinel monitor {service} 127.0.0.1 {master_port} 1",
         f"sentinel down-after-milliseconds {service} 500",
         f"sentinel failover-timeout {service} 3000",
     ]
-    return "\n".join(lines) + "\n"

@@ -123,10 +123,6 @@ def _one_of(*words: str) -> Callable[[object], str]:
     return parse
 
 
-def _check_hostname(value: object) -> bool:
-    return _flag(value)
-
-
 _FIELDS: dict[str, Callable[[object], Any]] = {
     "name": _text,
     "username": _text,
@@ -151,7 +147,7 @@ _FIELDS: dict[str, Callable[[object], Any]] = {
     "ssl_keyfile": _text,
     "ssl_password": _text,
     "ssl_cert_reqs": _one_of("required", "optional", "none"),
-    "ssl_check_hostname": _check_hostname,
+    "ssl_check_hostname": _flag,
     "ssl_ciphers": _text,
 }
 

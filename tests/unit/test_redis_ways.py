@@ -159,6 +159,21 @@ def stored(store: Store, key: bytes) -> bool:
     return True
 
 
+def test_sentinels_and_servers_have_passwords_of_their_own(tmp_path: Path) -> None:
+    more = ["requirepass watch", "sentinel auth-pass redismaster data"]
+    with (
+        servers.server("redis", tmp_path, "--requirepass", "data") as master,
+        servers.sentinels("redis", tmp_path, master, more=more) as (sentinel,),
+    ):
+        store = open_store(f"redis-sentinel://:data@{sentinel.address}", options={"sentinel_password": "watch"})
+        assert stored(store, key_of("a"))
+        store.close()
+        store = open_store(f"redis-sentinel://:data@{sentinel.address}")
+        with pytest.raises(StoreUnavailable, match="access denied"):
+            store.ping()
+        store.close()
+
+
 def test_nobody_knows_the_service(tmp_path: Path) -> None:
     with (
         servers.server("redis", tmp_path) as master,
