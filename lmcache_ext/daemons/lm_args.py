@@ -24,10 +24,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(argv: Sequence[str | int] | None, prog: str) -> argparse.Namespace:
     """The arguments, checked one against the other. Exits with 2 and one line where they cannot be honoured."""
     parser = _parser(prog)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(None if argv is None else [str(word) for word in argv])  # 8080 unquoted in YAML
     try:
         _settle(arguments)
     except (ConfigError, OSError) as error:

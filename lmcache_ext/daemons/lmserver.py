@@ -37,7 +37,7 @@ logger = logging.getLogger("lmcache_ext.daemons.lmserver")
 REFUSED = 2
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str | int] | None = None, prog: str | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     prog = prog or os.path.basename(sys.argv[0]).replace("lmserver.py", "lmcache_server")
     arguments = parse(argv, prog)

@@ -132,8 +132,10 @@ def open_lm(url: str, options: Mapping[str, Any]) -> Store:
     """The entry point of `lm://`. Connects to nothing. Raises ConfigError."""
     addresses = parse_addresses(url)
     settings = parse_options(url, options)
-    stores = [LMServerStore(address, settings) for address in addresses]
-    return stores[0] if len(stores) == 1 else ShardedStore(stores, deadline_s=settings.timeout_s)
+    if len(addresses) == 1:
+        return LMServerStore(addresses[0], settings)
+    stores = [LMServerStore(address, settings, name=f"lm {address}") for address in addresses]
+    return ShardedStore(stores, deadline_s=settings.timeout_s)
 
 
 def parse_addresses(url: str) -> list[Address]:

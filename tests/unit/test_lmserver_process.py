@@ -211,6 +211,12 @@ def test_arguments_that_cannot_be_honoured_are_one_line_and_code_2(
     assert message in lines[0]
 
 
+def test_a_port_may_be_a_number_as_yaml_has_it_unquoted(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["127.0.0.1", taken.getsockname()[1]], prog="lmcache_experimental_server") == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken_is_one_line_and_code_2() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
