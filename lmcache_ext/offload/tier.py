@@ -39,7 +39,7 @@ from lmcache_ext.offload import metrics
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Usage
-from lmcache_ext.stores.guard import READ, WRITE, Guarded
+from lmcache_ext.stores.guard import READ, Guarded
 from lmcache_ext.stores.jobs import JobPool
 
 if TYPE_CHECKING:
@@ -161,14 +161,17 @@ class StoredTier(SecondaryTierManager):
     @override
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = self._start(job_metadata)
-        refused = self._refusal(job_metadata)
-        if refused is not None:
-            self._chunks.count_dropped(refused, job.num_keys)
+        room, refused = self._room(job_metadata)
+        if job.num_keys > room:
+            self._chunks.count_dropped(refused, job.num_keys - room)
+        if room <= 0:
             self._finished.put(JobResult(job.job_id, success=False))
             return
+        kept = min(job.num_keys, room)
+        job.num_tasks = _num_tasks(kept)
         with self._lock:
-            self._pending_stores += job.num_keys
-        self._submit(job, job_metadata, self._keep, urgent=False)
+            self._pending_stores += kept
+        self._submit(job, job_metadata, self._keep, urgent=False, num_keys=kept)
 
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -276,13 +279,26 @@ class StoredTier(SecondaryTierManager):
 
     def _start(self, job_metadata: TransferJob) -> _Job:
         num_keys = len(job_metadata.keys)
-        num_tasks = max(1, -(-num_keys // _CHUNKS_PER_TASK))
-        return _Job(job_metadata.job_id, num_tasks, time.monotonic(), num_keys)
+        return _Job(job_metadata.job_id, _num_tasks(num_keys), time.monotonic(), num_keys)
 
-    def _submit(self, job: _Job, job_metadata: TransferJob, task: Any, *, urgent: bool) -> None:  # noqa: ANN401
+    def _submit(
+        self,
+        job: _Job,
+        job_metadata: TransferJob,
+        task: Any,  # noqa: ANN401
+        *,
+        urgent: bool,
+        num_keys: int | None = None,
+    ) -> None:
+        """Queue the first `num_keys` chunks in the order of their prompt: a part of a prefix is worth something."""
         assert self._rows is not None
-        keys = list(job_metadata.keys)
-        rows = [memoryview(self._rows[chunk]) for chunk in job_metadata.chunk_ids.tolist()]
+        position = job_metadata.req_context.get_offload_key_position
+        pairs = sorted(
+            zip(job_metadata.keys, job_metadata.chunk_ids.tolist(), strict=True),
+            key=lambda pair: position(pair[0]) or 0,
+        )
+        keys = [key for key, _ in pairs[:num_keys]]
+        rows = [memoryview(self._rows[chunk]) for _, chunk in pairs[:num_keys]]
         adapter = _adapter(job_metadata.req_context)
         for begin in range(0, max(1, len(keys)), _CHUNKS_PER_TASK):
             part = slice(begin, begin + _CHUNKS_PER_TASK)
@@ -296,16 +312,16 @@ class StoredTier(SecondaryTierManager):
                 self._pending_stores -= num_keys
         self._finish(job, ())
 
-    def _refusal(self, job_metadata: TransferJob) -> str | None:
-        """Why chunks are not even queued, or None."""
+    def _room(self, job_metadata: TransferJob) -> tuple[int, str]:
+        """How many chunks may be queued, and why not more.
+
+        Writes whose breaker is open are queued all the same: one of them is the trial that closes it.
+        """
         if _adapter(job_metadata.req_context) == "":
-            return "unidentified_adapter"
-        if self._store.is_open(READ) or self._store.is_open(WRITE):
-            return "circuit_open"
-        pending = self._pending_stores  # one job alone is never too much: it fitted into the rows
-        if pending and pending + len(job_metadata.keys) > self._limits.max_pending_stores:
-            return "backlog"
-        return None
+            return 0, "unidentified_adapter"
+        if self._store.is_open(READ):
+            return 0, "circuit_open"
+        return self._limits.max_pending_stores - self._pending_stores, "backlog"
 
     def _forget_load(self, result: JobResult) -> None:
         job = self._loading.pop(result.job_id, None)
@@ -333,6 +349,10 @@ class _Lookups(AsyncLookupManager):
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         adapter = _adapter(req_context)
         return self._chunks.present([_far_key(key, adapter) for key in keys])
+
+
+def _num_tasks(num_keys: int) -> int:
+    return max(1, -(-num_keys // _CHUNKS_PER_TASK))
 
 
 def _adapter(req_context: ReqContext) -> str | None:

@@ -34,15 +34,15 @@ def mount(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(mount):
-    """Host memory stages 16 chunks only, so that an evicted prefix can come from the disk alone."""
+    """Host memory stages 32 chunks only, so that an evicted prefix can come from the disk alone."""
     cache = {
         "LMCACHE_LOCAL_CPU": "false",
-        "LMCACHE_MAX_LOCAL_CPU_SIZE": f"{16 * ROW_BYTES // MIB}Mi",
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": f"{32 * ROW_BYTES // MIB}Mi",
         "LMCACHE_MAX_LOCAL_DISK_SIZE": "1",
     }
     with cache_server(mount / "kv", gpu_blocks=40, cache=cache) as running:
         forget(running)
-        running.wait_for(lambda: len(chunk_files(mount / "kv")) >= 30, 30, "write the fillers' chunks")
+        running.wait_for(lambda: len(chunk_files(mount / "kv")) == 45, 30, "write the fillers' chunks")
         yield running
 
 
@@ -58,7 +58,7 @@ def compute(server: Server, directory: Path, seed: int) -> tuple[list[dict[str, 
 
 def forget(server: Server) -> None:
     """Push every other prefix out of the GPU pool and of the staging rows."""
-    evict(server, prompts=2)
+    evict(server, prompts=3)
 
 
 def flip(path: Path, offset: int) -> None:

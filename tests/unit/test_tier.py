@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, ScheduleEndContext
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
-from lmcache_ext.errors import StoreTimeout, StoreUnavailable
+from lmcache_ext.errors import StoreFull, StoreTimeout, StoreUnavailable
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.tier import ADAPTER_PARAM, StoredTier, TierLimits
 from lmcache_ext.serde.naive import NaiveSerde
@@ -257,19 +257,35 @@ class TestJobs:
         again = bench.store_rows([key(9)], [9])
         assert bench.finished()[again].success
 
-    @pytest.mark.parametrize("side", [READ, WRITE])
-    def test_for_a_store_with_an_open_circuit_are_dropped_at_once(self, bench, side):
+    def test_beyond_the_backlog_keep_the_beginning_of_their_prompt(self, make_bench):
+        bench = make_bench(max_pending_stores=2)
+        req = context()
+        for i in range(4):
+            req.set_offload_key_position(key(i), 256 * (i + 1))
+        stored = bench.store_rows([key(i) for i in (3, 1, 0, 2)], range(4), req)
+        assert bench.finished()[stored].successful_keys == [key(0), key(1)]
+        assert bench.dropped() == {"backlog": 2}
+        assert bench.tier._pending_stores == 0
+
+    def test_for_a_store_with_an_open_circuit_are_dropped_at_once(self, bench):
         bench.store.error = StoreUnavailable("gone")
         for i in range(2):
-            with_row = (memoryview(bytearray(8)),)
-            if side == READ:
-                bench.guarded.get_into(NAMESPACE + key(i), with_row)
-            else:
-                with pytest.raises(StoreUnavailable):
-                    bench.guarded.put(NAMESPACE + key(i), with_row)
+            bench.guarded.get_into(NAMESPACE + key(i), (memoryview(bytearray(8)),))
         refused = bench.store_rows([key(5)], [5])
         assert [result.job_id for result in bench.tier.get_finished_jobs()] == [refused]
         assert bench.dropped() == {"circuit_open": 1}
+
+    def test_for_a_store_that_only_refuses_writes_go_on_as_its_trial(self, bench):
+        bench.store.error = StoreFull("full")
+        for i in range(2):
+            with pytest.raises(StoreFull):
+                bench.guarded.put(NAMESPACE + key(i), (memoryview(bytearray(8)),))
+        assert bench.guarded.is_open(WRITE)
+        bench.store.error = None
+        bench.guarded._writes.retry_at = 0.0
+        stored = bench.store_rows([key(5)], [5])
+        assert bench.finished()[stored].success
+        assert not bench.guarded.is_open(WRITE)
 
     def test_are_overdue_only_past_their_deadline_and_only_while_they_run(self, make_bench):
         patient, hasty = make_bench(), make_bench(fetch_timeout_s=0.0)
