@@ -76,7 +76,7 @@ def measure(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
 
     for engine in engines.values():
         for _ in range(3):
-            engine.ask(prompt(-1, tokens), max_tokens=DECODED)
+            engine.ask(prompt(999_999, tokens), max_tokens=DECODED)
     for repeat in range(repeats):
         asked = prompt(repeat, tokens)
         cold, hit = one_engine(engines["plain"], asked, "plain")

@@ -42,13 +42,27 @@ class BoundedTieringManager(TieringOffloadingManager):
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        # vLLM's own lookup also times every chunk in every tier, which costs more than the lookup; the
+        # tiers count queries and hits themselves.
         self._maybe_process_finished_jobs()
-        if self.primary_tier.lookup(key, req_context) is LookupResult.HIT:
-            return LookupResult.HIT  # vLLM's statistics of every single chunk would double what a lookup costs
-        result: LookupResult = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
-        if result is LookupResult.HIT_PENDING and any(tier.is_overdue(key) for tier in self._stored_tiers):
+        found = self.primary_tier.lookup(key, req_context)
+        if found is LookupResult.MISS:
+            return self._lookup_far(key, req_context, exclude_tier_idx)
+        if found is LookupResult.HIT_PENDING and any(tier.is_overdue(key) for tier in self._stored_tiers):
             return LookupResult.MISS
-        return result
+        return found
+
+    def _lookup_far(self, key: OffloadKey, req_context: ReqContext, exclude_tier_idx: int | None) -> LookupResult:
+        retry = False
+        for index, tier in enumerate(self.secondary_tiers):
+            if index == exclude_tier_idx or not req_context.load_tier_filter.allows(tier.medium, tier.locality):
+                continue
+            found = tier.lookup(key, req_context)
+            if found is LookupResult.HIT:
+                promoted = self._initiate_promotion(index, key, req_context)
+                return LookupResult.HIT_PENDING if promoted else LookupResult.MISS
+            retry |= found is LookupResult.RETRY
+        return LookupResult.RETRY if retry else LookupResult.MISS
 
     @override
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:

@@ -31,7 +31,13 @@ from vllm.v1.kv_offload.base import (
     ScheduleEndContext,
 )
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
-from vllm.v1.kv_offload.tiering.base import JobId, JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.base import (
+    JobId,
+    JobResult,
+    SecondaryTierManager,
+    TieringOffloadingMetrics,
+    TransferJob,
+)
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_ext.errors import StoreTimeout
@@ -104,6 +110,8 @@ class StoredTier(SecondaryTierManager):
         self._due: dict[OffloadKey, float] = {}
         self._abandoned: set[OffloadKey] = set()
         self._num_abandoned = 0
+        self._num_queries = 0
+        self._num_hits = 0
         self._pending_stores = 0
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
@@ -116,14 +124,18 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if _adapter(req_context) == "" or self._store.is_open(READ):
-            return LookupResult.MISS
+        asked = self._asked_at.get(req_context.req_id)
+        if asked is None:
+            if _adapter(req_context) == "" or self._store.is_open(READ):
+                return LookupResult.MISS
+            asked = self._asked_at[req_context.req_id] = time.monotonic()
         found = self._lookups.lookup(key, req_context)
-        if found is not None:
-            return LookupResult.HIT if found else LookupResult.MISS
-        now = time.monotonic()
-        asked = self._asked_at.setdefault(req_context.req_id, now)
-        return LookupResult.RETRY if now - asked < self._limits.lookup_timeout_s else LookupResult.MISS
+        if found is None:
+            patient = time.monotonic() - asked < self._limits.lookup_timeout_s
+            return LookupResult.RETRY if patient else LookupResult.MISS
+        self._num_queries += 1
+        self._num_hits += found
+        return LookupResult.HIT if found else LookupResult.MISS
 
     def is_overdue(self, key: OffloadKey) -> bool:
         """Whether the chunk is being fetched for longer than anybody should wait."""
@@ -216,6 +228,10 @@ class StoredTier(SecondaryTierManager):
             if increase and not cause.endswith((".ok", ".opened", ".closed")):
                 self._failures[cause] = total
                 stats.increase_counter(metrics.STORE_FAILURES, increase, (tier, cause))
+        if self._num_queries:
+            stats.increase_counter(TieringOffloadingMetrics.CHUNK_QUERIES, self._num_queries, (tier,))
+            stats.increase_counter(TieringOffloadingMetrics.CHUNK_HITS, self._num_hits, (tier,))
+            self._num_queries = self._num_hits = 0
         if self._num_abandoned:
             stats.increase_counter(metrics.ABANDONED_CHUNKS, self._num_abandoned, (tier,))
             self._num_abandoned = 0
