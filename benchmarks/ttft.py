@@ -5,7 +5,8 @@ Run: ``python benchmarks/ttft.py [--tokens 4000 --repeats 7 --core 0 --out bench
 Five engines are held ready on one core and asked by turns; every repeat uses prompts of its own, so
 each hit is a first hit. Prompt lengths are chosen so that vLLM's prefix cache (blocks of 128 on CPU)
 and a chunk of 256 reuse exactly the same number of tokens. "second process" is an engine that never
-saw the prompt and shares only the directory.
+saw the prompt and shares only the directory. A second engine without a cache tells how much two equal
+engines differ: no overhead below that means anything.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def open_engines(stack: ExitStack, directory: Path, core: int, max_model_len: in
 
     made = {
         "plain": start("plain", None, ""),
+        "twin": start("twin", None, ""),
         "block": start("block", BLOCK, "kv-block"),
         "chunk": start("chunk", CHUNK, "kv-chunk"),
         "second": start("second", CHUNK, "kv-chunk"),
@@ -81,6 +83,7 @@ def measure(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
         asked = prompt(repeat, tokens)
         cold, hit = one_engine(engines["plain"], asked, "plain")
         note("cold, vLLM alone", cold)
+        note("cold, vLLM alone, its twin", float(engines["twin"].ask(asked)["seconds"]))
         note("vLLM's own prefix-cache hit", hit["plain"])
         for name, label in (("block", "chunk = block"), ("chunk", "chunk 256")):
             cold, hit = one_engine(engines[name], asked, name)
@@ -90,7 +93,7 @@ def measure(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
         second = engines["second"].ask(asked)
         assert second["cached"] == reused(tokens), second["cached"]
         note("second process, chunk 256", second["seconds"])
-        for name in order(repeat, ["plain", "chunk"]):
+        for name in order(repeat, ["plain", "twin", "chunk"]):
             note(f"decode per token, {name}", decode(engines[name], prompt(10_000 + repeat, tokens)))
     return rows
 
@@ -148,6 +151,8 @@ def overheads(rows: Rows) -> dict[str, float]:
         "cold TTFT, chunk 256": ratio("cold, chunk 256", "cold, vLLM alone"),
         "cold TTFT, chunk = block": ratio("cold, chunk = block", "cold, vLLM alone"),
         "decode per token": ratio("decode per token, chunk", "decode per token, plain"),
+        "(noise: cold TTFT of two equal engines)": ratio("cold, vLLM alone, its twin", "cold, vLLM alone"),
+        "(noise: decode per token of two equal engines)": ratio("decode per token, twin", "decode per token, plain"),
     }
 
 
