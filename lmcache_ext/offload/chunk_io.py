@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lmcache_ext import frame
-from lmcache_ext.errors import FrameError, LengthMismatch, StoreError, UnknownSerde
+from lmcache_ext.errors import FrameError, StoreError, UnknownSerde
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Store
 
@@ -104,8 +104,6 @@ class ChunkIO:
         )
         if header.serde_tag != self._serde.tag:
             raise UnknownSerde(f"read serde tag {header.serde_tag}, expected {self._serde.tag} ({self._serde.name})")
-        if header.raw_length != row.nbytes:
-            raise LengthMismatch(f"frame says {header.raw_length} bytes, the row has {row.nbytes}")
         self._serde.decode(received, header.stored_length, row)
 
     def _discard(self, key: bytes, error: FrameError) -> None:
