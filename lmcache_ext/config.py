@@ -114,7 +114,6 @@ class Health(_Part):
     """When a failing store is left alone, and for how long."""
 
     ping_interval_s: float = 30.0
-    ping_timeout_s: float = 5.0
     failures_before_open: int = 10
     recovery_s: float = 300.0
 
@@ -159,7 +158,6 @@ class Config(_Part):
     cache_policy: Literal["LRU", "ARC", "LFU", "FIFO", "MRU"] = "LRU"
     disk_paths: tuple[str, ...] = ()
     disk_io_threads: int = 4
-    disk_direct_io: bool = False
     local_disk_serde: Serde = "naive"
     remote_url: str | None = None
     remote_serde: Serde = "naive"

@@ -300,13 +300,13 @@ _EXTRA_HONOURED = (
     Key("request_timeout", seconds, "remote.request_timeout_s"),
     Key("connection_timeout", seconds, "remote.connect_timeout_s"),
     Key("ping_interval", seconds, "health.ping_interval_s"),
-    Key("ping_timeout", seconds, "health.ping_timeout_s"),
     Key("get_blocking_failed_threshold", whole(1), "health.failures_before_open"),
     Key("waiting_time_for_recovery", seconds, "health.recovery_s"),
     Key("disk_io_threads", whole(1, 256), "disk_io_threads"),
-    Key("use_odirect", boolean, "disk_direct_io"),
 )
 _EXTRA_NOT_NEEDED = (
+    *_not_needed("blocking_timeout_secs bounds every answer", ping_timeout=seconds),
+    *_not_needed("files go through the page cache, which the next reader shares", use_odirect=boolean),
     *_not_needed("an object carries its own frame", save_chunk_meta=boolean),
     *_not_needed("one object holds the pages of all ranks", save_only_first_rank=boolean),
     *_not_needed("one region is shared by all ranks", first_rank_max_local_cpu_size=size_bytes),

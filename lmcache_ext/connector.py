@@ -7,6 +7,7 @@ tell a user what was reused.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         found = settings.resolve(vllm_config, kv_cache_config)
         self._hooks = Hooks()
         self._settings = found
+        if found.config.origin("log_level").kind != "default":
+            logging.getLogger("vllm.lmcache_ext").setLevel(found.config.live.log_level)
         self._min_retrieve_tokens = found.config.live.min_retrieve_tokens
         if role == KVConnectorRole.SCHEDULER:
             if transfer.kv_connector_extra_config.get(settings.LOAD_FAILURE_POLICY) != "fail":

@@ -25,7 +25,8 @@ def start_line(settings: Settings, namespace: str | None) -> str:
         tiers.append(f"remote {masked('remote_url', config.remote_url)}")
     return (
         f"LMCache-compatible KV cache is on: {' -> '.join(tiers)}; chunk {settings.tokens_per_chunk} tokens = "
-        f"{_size(settings.row_bytes)}; policy {config.cache_policy}; namespace {namespace or 'none (host memory only)'}"
+        f"{_size(settings.row_bytes)}; policy {config.cache_policy}; "
+        f"instance {config.instance_id}; namespace {namespace or 'none (host memory only)'}"
     )
 
 

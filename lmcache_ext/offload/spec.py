@@ -49,7 +49,6 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
     def __init__(self, config: OffloadingConfig) -> None:
         super().__init__(config)
         self._manager: OffloadingManager | None = None
-        self._pool: JobPool | None = None
 
     @classmethod
     @override
@@ -88,11 +87,6 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             self._manager = BoundedTieringManager(primary, list(tiers))
         return self._manager
 
-    def close(self) -> None:
-        """Stop the threads behind the tiers; the tiers themselves are shut by the manager."""
-        if self._pool is not None:
-            self._pool.close(timeout_s=1.0)
-
     def _worker_rank(self) -> int:
         return 0 if self.replicated_layout else self.config.parallel.rank
 
@@ -113,16 +107,14 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         stores = _open_stores(config)
         if not stores:
             return []
-        self._pool = JobPool(
-            min(8, os.cpu_count() or 1), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store", cpu_affinity=None
-        )
+        pool = JobPool(_num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
         limits = TierLimits(
             lookup_timeout_s=_LOOKUP_TIMEOUT_S,
             fetch_timeout_s=config.blocking_timeout_s,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
         )
-        shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": self._pool, "limits": limits}
+        shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool, "limits": limits}
         return [StoredTier(self, rows, store=store, serde=serde, **shared) for store, serde in stores]
 
 
@@ -135,9 +127,28 @@ def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
     if config.remote_url is not None:
         remote = open_store(config.remote_url, options=_remote_settings(config))
         found.append((remote, config.remote_serde, "remote_serde"))
-    return [
-        (Guarded(store, deadline_s=config.blocking_timeout_s), open_serde(serde, key)) for store, serde, key in found
-    ]
+    return [(_guarded(store, config), open_serde(serde, key)) for store, serde, key in found]
+
+
+def _num_threads(config: Config) -> int:
+    """As asked for, or one per core up to eight."""
+    if config.origin("extra_config.disk_io_threads").kind != "default":
+        return config.disk_io_threads
+    return min(8, os.cpu_count() or 1)
+
+
+def _guarded(store: Store, config: Config) -> Guarded:
+    """The breaker around a store; LMCache's health settings replace its own where they were written."""
+    health = config.health
+    written = {
+        "failures_to_open": ("get_blocking_failed_threshold", health.failures_before_open),
+        "probe_interval_s": ("ping_interval", health.ping_interval_s),
+        "max_probe_interval_s": ("waiting_time_for_recovery", health.recovery_s),
+    }
+    options: dict[str, Any] = {
+        name: value for name, (key, value) in written.items() if config.origin(f"extra_config.{key}").kind != "default"
+    }
+    return Guarded(store, deadline_s=config.blocking_timeout_s, **options)
 
 
 def _remote_settings(config: Config) -> dict[str, Any]:
@@ -145,7 +156,8 @@ def _remote_settings(config: Config) -> dict[str, Any]:
     assert config.remote_url is not None
     if config.remote_url.startswith(("file:", "fs:")):
         return {"name": "remote"}  # a second directory, told from local_disk in metrics
-    options = remote_options(config.remote.model_dump(), config.extra_config)
+    options = {"request_timeout_s": config.blocking_timeout_s}
+    options |= remote_options(config.remote.model_dump(), config.extra_config)
     if not options.get("tls"):
         options.pop("tls", None)  # not said is not refused: certificates may ask for it
     options |= {

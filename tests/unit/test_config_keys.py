@@ -285,11 +285,9 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
         "request_timeout": 2,
         "connection_timeout": 1,
         "ping_interval": 3,
-        "ping_timeout": 1,
         "get_blocking_failed_threshold": 5,
         "waiting_time_for_recovery": 9,
         "disk_io_threads": 2,
-        "use_odirect": True,
     }
     config = from_file(tmp_path, yaml.safe_dump({"extra_config": options}))
     remote = config.remote
@@ -298,8 +296,8 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
     assert (remote.username, remote.database, remote.mode, remote.tls) == ("u", 3, "cluster", True)
     assert (remote.ttl_enabled, remote.ttl_s, remote.num_connections) == (True, 60.0, 4)
     assert (remote.request_timeout_s, remote.connect_timeout_s) == (2.0, 1.0)
-    assert tuple(config.health.model_dump().values()) == (3.0, 1.0, 5, 9.0)
-    assert (config.disk_io_threads, config.disk_direct_io) == (2, True)
+    assert tuple(config.health.model_dump().values()) == (3.0, 5, 9.0)
+    assert config.disk_io_threads == 2
     assert dict(config.extra_config) == options
     assert config.notes == ()
 

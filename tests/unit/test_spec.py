@@ -1,0 +1,44 @@
+"""What the configuration's settings become: the breaker, the threads, the options of a remote store."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmcache_ext.config import load_config
+from lmcache_ext.offload.spec import _guarded, _num_threads, _remote_settings
+from lmcache_ext.stores.disk import DiskStore
+
+
+def config_of(tmp_path, text):
+    path = tmp_path / "lmcache_config.yaml"
+    path.write_text(text)
+    return load_config(path=str(path), environ={})
+
+
+def fail_reads(guarded, times):
+    for _ in range(times):
+        guarded.exists([bytes(17)])
+
+
+@pytest.mark.parametrize(
+    ("text", "failures"), [("chunk_size: 256", 5), ("extra_config: {get_blocking_failed_threshold: 2}", 2)]
+)
+def test_breaker_opens_after_as_many_failures_as_were_written(tmp_path, text, failures):
+    (tmp_path / "file").write_text("")
+    guarded = _guarded(DiskStore([str(tmp_path / "file")], None), config_of(tmp_path, text))  # a file, not a directory
+    fail_reads(guarded, failures - 1)
+    assert not guarded.is_open()
+    fail_reads(guarded, 1)
+    assert guarded.is_open()
+    guarded.close()
+
+
+def test_written_number_of_threads_is_used(tmp_path):
+    assert _num_threads(config_of(tmp_path, "extra_config: {disk_io_threads: 3}")) == 3
+
+
+def test_remote_store_answers_within_the_blocking_timeout_unless_told_otherwise(tmp_path):
+    text = 'remote_url: "redis://h:1"\nblocking_timeout_secs: 4\n'
+    assert _remote_settings(config_of(tmp_path, text))["request_timeout_s"] == 4
+    told = config_of(tmp_path, text + "extra_config: {request_timeout: 2}\n")
+    assert _remote_settings(told)["request_timeout_s"] == 2
