@@ -1,4 +1,4 @@
-"""One chunk to a store and back: serde, frame, store, in this order and its reverse.
+"""Chunks to a store and back: serde, frame, store, in this order and its reverse.
 
 Threads:  `fetch`, `keep` and `present` run in pool threads, several at once; counts are locked.
 Order:    none.
@@ -41,42 +41,29 @@ class ChunkIO:
         except StoreError:
             return [False] * len(keys)
 
-    def fetch(self, key: bytes, row: memoryview) -> bool:
-        """Fill `row` with the chunk of `key`; True only if every byte is verified."""
-        key = self._namespace + key
-        header = memoryview(bytearray(frame.FRAME_BYTES))
-        received = self._serde.receive(row)
-        try:
-            length = self._store.get_into(key, (header, *received))
-            if length is None:
-                return False
-            self._unpack(key, header, received, length, row)
-        except StoreError:
-            return False
-        except FrameError as error:
-            self._discard(key, error)
-            return False
-        return True
+    def fetch(self, keys: Sequence[bytes], rows: Sequence[memoryview]) -> list[bool]:
+        """Fill each row with the chunk of its key; True only where every byte is verified."""
+        far_keys = [self._namespace + key for key in keys]
+        headers = [memoryview(bytearray(frame.FRAME_BYTES)) for _ in rows]
+        received = [self._serde.receive(row) for row in rows]
+        objects = [(header, *payload) for header, payload in zip(headers, received, strict=True)]
+        lengths = self._store.get_many_into(far_keys, objects)
+        return [
+            isinstance(length, int) and self._is_chunk(key, parts, length, row)
+            for key, parts, length, row in zip(far_keys, objects, lengths, rows, strict=True)
+        ]
 
-    def keep(self, key: bytes, row: memoryview) -> bool:
-        """Write the chunk of `key`; True if it is in the store now, or was before."""
-        key = self._namespace + key
-        try:
-            if self._store.exists([key])[0]:
-                return True
-            parts = self._serde.encode(row)
-            head = frame.encode(
-                namespace=self._namespace,
-                key=key,
-                serde_tag=self._serde.tag,
-                raw_length=row.nbytes,
-                payload_parts=parts,
-            )
-            self._store.put(key, (memoryview(head), *parts))
-        except StoreError as error:
-            self.count_dropped(type(error).__name__)
-            return False
-        return True
+    def keep(self, keys: Sequence[bytes], rows: Sequence[memoryview]) -> list[bool]:
+        """Write the chunk of each key; True where it is in the store now, or was before."""
+        kept = self.present(keys)
+        missing = [index for index, is_there in enumerate(kept) if not is_there]
+        far_keys = [self._namespace + keys[index] for index in missing]
+        objects = [self._pack(key, rows[index]) for key, index in zip(far_keys, missing, strict=True)]
+        for index, error in zip(missing, self._store.put_many(far_keys, objects), strict=True):
+            kept[index] = error is None
+            if error is not None:
+                self.count_dropped(type(error).__name__)
+        return kept
 
     def count_dropped(self, cause: str, chunks: int = 1) -> None:
         """Count chunks that were not written, by cause."""
@@ -89,6 +76,27 @@ class ChunkIO:
             corrupt, self._corrupt = self._corrupt, Counter()
             dropped, self._dropped = self._dropped, Counter()
         return corrupt, dropped
+
+    def _pack(self, key: bytes, row: memoryview) -> Sequence[memoryview]:
+        """The object that holds `row`: its frame and its payload."""
+        payload = self._serde.encode(row)
+        head = frame.encode(
+            namespace=self._namespace,
+            key=key,
+            serde_tag=self._serde.tag,
+            raw_length=row.nbytes,
+            payload_parts=payload,
+        )
+        return (memoryview(head), *payload)
+
+    def _is_chunk(self, key: bytes, parts: Sequence[memoryview], length: int, row: memoryview) -> bool:
+        """Whether what came is the chunk of `key`; then `row` holds it, else it is deleted where it came from."""
+        try:
+            self._unpack(key, parts[0], parts[1:], length, row)
+        except FrameError as error:
+            self._discard(key, error)
+            return False
+        return True
 
     def _unpack(
         self, key: bytes, head: memoryview, received: Sequence[memoryview], length: int, row: memoryview

@@ -260,7 +260,8 @@ class StoredTier(SecondaryTierManager):
     def _fetch(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
-            done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.fetch(_far_key(key, adapter), row)]
+            good = self._chunks.fetch([_far_key(key, adapter) for key in keys], rows)
+            done = [key for key, is_good in zip(keys, good, strict=True) if is_good]
         finally:
             rows.clear()  # the pool may hold on to its arguments for longer than `drain` waits
             self._finish(job, done)
@@ -268,7 +269,8 @@ class StoredTier(SecondaryTierManager):
     def _keep(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
-            done = [key for key, row in zip(keys, rows, strict=True) if self._chunks.keep(_far_key(key, adapter), row)]
+            good = self._chunks.keep([_far_key(key, adapter) for key in keys], rows)
+            done = [key for key, is_good in zip(keys, good, strict=True) if is_good]
         finally:
             rows.clear()
             with self._lock:

@@ -6,15 +6,21 @@ nothing of vLLM, torch, tensors or serdes.
 Threads:  every method may be called from several threads at once.
 Order:    `put` of a key is visible to a `get_into` that starts after it returned; nothing else is promised.
 Owner:    buffers belong to the caller; a store touches them only while the call is running.
-Failure:  a miss is a value (`False`, `None`); a failure is a `StoreError` and nothing else.
-          A store never retries; `stores.guard` judges.
+Failure:  a miss is a value (`False`, `None`); a failure is a `StoreError` and nothing else. Of a batch
+          each object has an outcome of its own, a failure among them being a value too, because a
+          part of a batch is worth something. A store never retries; `stores.guard` judges.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+from lmcache_ext.errors import StoreError, StoreTimeout
+
+T = TypeVar("T")
 
 NAMESPACE_BYTES = 16
 """Every key begins with the namespace (`lmcache_ext.namespace`), so a store can group by it."""
@@ -56,6 +62,24 @@ class Store(ABC):
         Overwrites. Raises StoreFull where no room could be made.
         """
 
+    def get_many_into(
+        self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
+    ) -> list[int | StoreError | None]:
+        """`get_into` of distinct keys: for each what it would return, or the StoreError it would raise.
+
+        Never raises one. A backend that can, sends the requests ahead and receives the objects in turn. The deadline is
+        that of one call, for all together; the objects it cuts off are StoreTimeout, those before them stand.
+        """
+        return _one_by_one(self.get_into, keys, parts_per_key)
+
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
+        """`put` of distinct keys: for each None, or the StoreError it would raise. Never raises one.
+
+        Each object becomes visible by itself, in any order. Where the connection is lost, an object whose outcome is an
+        error may be there nevertheless, whole. Deadline as in `get_many_into`.
+        """
+        return _one_by_one(self.put, keys, parts_per_key)
+
     @abstractmethod
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove the objects; those that are not there are not an error."""
@@ -71,3 +95,21 @@ class Store(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything. May be called twice. No other call may follow."""
+
+
+def _one_by_one(
+    call: Callable[[bytes, Sequence[memoryview]], T],
+    keys: Sequence[bytes],
+    parts_per_key: Sequence[Sequence[memoryview]],
+) -> list[T | StoreError]:
+    """The outcomes of a call per key; after a StoreTimeout the time of the batch is spent."""
+    outcomes: list[T | StoreError] = []
+    for key, parts in zip(keys, parts_per_key, strict=True):
+        if outcomes and isinstance(outcomes[-1], StoreTimeout):
+            outcomes.append(outcomes[-1])
+            continue
+        try:
+            outcomes.append(call(key, parts))
+        except StoreError as error:
+            outcomes.append(error)
+    return outcomes

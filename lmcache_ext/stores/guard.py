@@ -9,6 +9,7 @@ are open every call answers at once (a miss, or StoreUnavailable for writes) and
 
 A call is judged when it returns: a blocking file system call cannot be interrupted, so the deadline
 limits how many slow calls there are, not how long one takes. What a slow read fetched is still given.
+A batch is one call: it failed where any of its objects did, once, however many those are.
 """
 
 from __future__ import annotations
@@ -143,13 +144,20 @@ class Guarded(Store):
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
         return self._read(lambda: self._store.get_into(key, parts))
 
+    def get_many_into(
+        self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
+    ) -> list[int | StoreError | None]:
+        """No outcome is a StoreError."""
+        if self._rejects_reads(READ):
+            return [None] * len(keys)
+        started_at = self._clock()
+        outcomes = self._store.get_many_into(keys, parts_per_key)
+        self._judge(READ, outcomes, started_at)
+        return [None if isinstance(outcome, StoreError) else outcome for outcome in outcomes]
+
     def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
         started_at = self._clock()
-        with self._lock:
-            passes = not self._reads.is_open and self._writes.admits(started_at)
-            if not passes:
-                self._counters["write.rejected"] += 1
-        if not passes:
+        if not self._admits_write(started_at):
             raise StoreUnavailable(f"{self.name}: circuit open")
         try:
             self._store.put(key, parts)
@@ -157,6 +165,15 @@ class Guarded(Store):
             self._failed(WRITE, type(error).__name__, str(error))
             raise
         self._returned(WRITE, started_at)
+
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
+        """While writes are open, a batch is let through as a trial as a single `put` is."""
+        started_at = self._clock()
+        if not self._admits_write(started_at):
+            return [StoreUnavailable(f"{self.name}: circuit open") for _ in keys]
+        outcomes = self._store.put_many(keys, parts_per_key)
+        self._judge(WRITE, outcomes, started_at)
+        return outcomes
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Not judged: while writes are open (a full disk) it goes on, for it makes room."""
@@ -182,7 +199,7 @@ class Guarded(Store):
         return Usage(None, None, None)
 
     def counters(self) -> dict[str, int]:
-        """Calls so far by `<side>.<cause>`: ok, slow, rejected, opened, closed, or the error's class."""
+        """Calls so far by `<side>.<cause>`: ok, slow, rejected, opened, closed; objects by their error's class."""
         with self._lock:
             return dict(self._counters)
 
@@ -212,6 +229,23 @@ class Guarded(Store):
             return None
         self._returned(READ, started_at)
         return result
+
+    def _admits_write(self, now: float) -> bool:
+        with self._lock:
+            admits = not self._reads.is_open and self._writes.admits(now)
+            if not admits:
+                self._counters["write.rejected"] += 1
+        return admits
+
+    def _judge(self, side: str, outcomes: Sequence[object], started_at: float) -> None:
+        """A batch, as one call, by the first failure in it."""
+        failures = [outcome for outcome in outcomes if isinstance(outcome, StoreError)]
+        if not failures:
+            self._returned(side, started_at)
+            return
+        for also_failed in failures[1:]:
+            self._count(f"{side}.{type(also_failed).__name__}")
+        self._failed(side, type(failures[0]).__name__, str(failures[0]))
 
     def _rejects_reads(self, what: str) -> bool:
         if not self._reads.is_open:  # one attribute: a stale answer is as good as a call a moment earlier

@@ -239,6 +239,70 @@ class StoreContract:
 
         in_threads(8, work)
 
+    def test_a_batch_brings_back_each_object_and_tells_what_is_missing(self, store: Store) -> None:
+        sizes = [5 * 1024**2 + 64, 0, 4096, 64, 2 * 1024**2, 1, 5 * 1024**2]
+        keys = [key_of(f"batch {index}") for index in range(len(sizes))]
+        objects = [os.urandom(size) for size in sizes]
+        assert store.put_many(keys, [cut(data) for data in objects]) == [None] * len(keys)
+        assert [self.raw_read(store, key) for key in keys] == objects
+        store.delete([keys[0], keys[3]])
+        landings = [Landing([64, 0, max(size - 64, 0)]) for size in sizes]
+        lengths = store.get_many_into(keys, [landing.parts() for landing in landings])
+        assert lengths == [None if index in (0, 3) else size for index, size in enumerate(sizes)]
+        for landing, length, data in zip(landings, lengths, objects, strict=True):
+            assert isinstance(length, int | None)
+            assert landing.data()[: length or 0] == (b"" if length is None else data)
+            landing.assert_guards_untouched()
+
+    def test_objects_of_a_batch_that_do_not_fit_their_parts_harm_no_other(self, store: Store) -> None:
+        keys = [key_of(name) for name in ("much", "fits", "none", "little", "last")]
+        stored = [b"m" * 3 * 1024**2, b"f" * 100, None, b"l" * 10, b"z" * 64]
+        for key, data in zip(keys, stored, strict=True):
+            if data is not None:
+                self.raw_write(store, key, data)
+        landings = [Landing([size]) for size in (64, 100, 64, 64, 64)]
+        lengths = store.get_many_into(keys, [landing.parts() for landing in landings])
+        assert lengths == [3 * 1024**2, 100, None, 10, 64]
+        expected = [b"m" * 64, b"f" * 100, bytes(64), b"l" * 10 + bytes(54), b"z" * 64]
+        assert [landing.data() for landing in landings] == expected
+        for landing in landings:
+            landing.assert_guards_untouched()
+
+    def test_a_batch_overwrites(self, store: Store) -> None:
+        keys = [key_of("a"), key_of("b")]
+        store.put_many(keys, [views(b"long" * 100), views(b"x" * 6 * 1024**2)])
+        store.put_many(keys, [views(b"y" * 6 * 1024**2), views(b"short")])
+        assert get(store, keys[0], 6 * 1024**2) == b"y" * 6 * 1024**2
+        assert get(store, keys[1], 5) == b"short"
+
+    def test_a_batch_of_none_and_one_of_many(self, store: Store) -> None:
+        assert store.put_many([], []) == []
+        assert store.get_many_into([], []) == []
+        keys = [key_of(f"small {index}") for index in range(40)]
+        assert store.put_many(keys, [views(b"%d" % index) for index in range(40)]) == [None] * 40
+        landings = [Landing([3]) for _ in keys]
+        lengths = store.get_many_into(keys, [landing.parts() for landing in landings])
+        assert lengths == [len(str(index)) for index in range(40)]
+        assert [landing.data().rstrip(b"\0") for landing in landings] == [b"%d" % index for index in range(40)]
+
+    def test_a_batch_with_fewer_objects_than_keys_is_a_mistake(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="shorter"):
+            store.put_many([key_of("a"), key_of("b")], [views(b"x")])
+        with pytest.raises(ValueError, match="shorter"):
+            store.get_many_into([key_of("a"), key_of("b")], [Landing([1]).parts()])
+
+    def test_batches_from_many_threads(self, store: Store) -> None:
+        def work(index: int) -> None:
+            keys = [key_of(f"{index} of {number}") for number in range(4)]
+            for turn in range(4):
+                objects = [bytes([16 * index + 4 * turn + number]) * 70_000 for number in range(4)]
+                assert store.put_many(keys, [cut(data) for data in objects]) == [None] * 4
+                landings = [Landing([70_000]) for _ in keys]
+                assert store.get_many_into(keys, [landing.parts() for landing in landings]) == [70_000] * 4
+                assert [landing.data() for landing in landings] == objects
+
+        in_threads(8, work)
+
     def test_ping_tells_seconds(self, store: Store) -> None:
         assert 0.0 <= store.ping() < 10.0
 

@@ -28,6 +28,7 @@ class ScriptedStore(Store):
     def __init__(self, clock: list[float]) -> None:
         self.clock = clock
         self.error: Exception | None = None
+        self.errors: dict[bytes, StoreError] = {}
         self.took_s = 0.0
         self.calls: list[str] = []
 
@@ -43,10 +44,14 @@ class ScriptedStore(Store):
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
         self._answer("get")
+        if key in self.errors:
+            raise self.errors[key]
         return 7
 
     def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
         self._answer("put")
+        if key in self.errors:
+            raise self.errors[key]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._answer("delete")
@@ -204,6 +209,49 @@ def test_a_success_between_failures_starts_the_count_again(bench: Bench) -> None
         bench.store.error = None
         assert bench.guarded.exists([b"a"]) == [True]
     assert not bench.guarded.is_open()
+
+
+def test_of_a_batch_what_failed_is_a_miss_counted_and_judged_once(bench: Bench) -> None:
+    bench.store.errors = {b"b": StoreUnavailable("one"), b"d": StoreFull("other")}
+    batch = [b"a", b"b", b"c", b"d"]
+    assert bench.guarded.get_many_into(batch, [[]] * 4) == [7, None, 7, None]
+    assert bench.guarded.put_many(batch, [[]] * 4) == [None, bench.store.errors[b"b"], None, bench.store.errors[b"d"]]
+    assert bench.guarded.counters() == {
+        "read.StoreUnavailable": 1,
+        "read.StoreFull": 1,
+        "write.StoreUnavailable": 1,
+        "write.StoreFull": 1,
+    }
+    for _ in range(FAILURES - 1):
+        assert not bench.guarded.is_open(READ)
+        bench.guarded.get_many_into(batch, [[]] * 4)
+    assert bench.next_event() == Change("scripted", READ, True, "StoreUnavailable")
+    asked = len(bench.store.calls)
+    assert bench.guarded.get_many_into(batch, [[]] * 4) == [None] * 4
+    assert [str(error) for error in bench.guarded.put_many(batch, [[]] * 4)] == ["scripted: circuit open"] * 4
+    assert len(bench.store.calls) == asked
+
+
+def test_a_batch_is_a_trial_like_a_single_write(bench: Bench) -> None:
+    bench.open_writes(StoreFull("no room"))
+    assert all(isinstance(error, StoreUnavailable) for error in bench.guarded.put_many([b"a", b"b"], [[], []]))
+    bench.clock[0] += 1.0
+    assert bench.guarded.put_many([b"a", b"b"], [[], []]) == [None, None]
+    assert bench.next_event() == Change("scripted", WRITE, False, "trial")
+
+
+def test_a_slow_batch_is_one_slow_call(bench: Bench) -> None:
+    bench.store.took_s = DEADLINE_S
+    assert bench.guarded.get_many_into([b"a", b"b"], [[], []]) == [7, 7]
+    assert bench.guarded.counters() == {"read.slow": 1}
+
+
+def test_after_lost_time_the_rest_of_a_batch_is_not_asked_for(bench: Bench) -> None:
+    bench.store.errors = {b"b": StoreTimeout("late")}
+    late = bench.store.errors[b"b"]
+    assert bench.store.get_many_into([b"a", b"b", b"c", b"d"], [[]] * 4) == [7, late, late, late]
+    assert bench.store.put_many([b"a", b"b", b"c", b"d"], [[]] * 4) == [None, late, late, late]
+    assert bench.store.calls == ["get", "get", "put", "put"]
 
 
 def test_slow_calls_keep_their_result_and_open_it(bench: Bench) -> None:
