@@ -82,15 +82,9 @@ FrozenMapping = Annotated[Mapping[str, Any], AfterValidator(Frozen), PlainSerial
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class Live(_Part):
-    """What a running server may change; a new file differing elsewhere needs a restart."""
-
-    host_capacity_bytes: int = 5 * GIB  # of the whole engine: all ranks share one region (LMCache: of each rank)
-    disk_capacity_bytes: int | None = None  # of all disk_paths together; None without any
-    min_retrieve_tokens: int = 0
-    save_decode_cache: bool = False
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, masked(name or "", value) if isinstance(value, str) else value
 
 
 class Remote(_Part):
@@ -104,7 +98,7 @@ class Remote(_Part):
     ttl_enabled: bool = False
     ttl_s: float | None = None
     num_connections: int = 8
-    request_timeout_s: float | None = None  # None: Config.blocking_timeout_s
+    request_timeout_s: float | None = None  # None: Live.blocking_timeout_s
     connect_timeout_s: float | None = None
     sentinel_service: str = "redismaster"  # REDIS_SERVICE_NAME, LMCache's name and default
     sentinel_timeout_s: float = 1.0  # REDIS_TIMEOUT
@@ -116,6 +110,22 @@ class Health(_Part):
     ping_interval_s: float = 30.0
     failures_before_open: int = 10
     recovery_s: float = 300.0
+
+
+class Live(_Part):
+    """What a running server may change ; a new file that differs elsewhere needs a restart."""
+
+    host_capacity_bytes: int = 5 * GIB  # of the whole engine: all ranks share one region (LMCache: of each rank)
+    disk_capacity_bytes: int | None = None  # of all disk_paths together; None without any
+    remote_url: str | None = None
+    remote_serde: Serde = "naive"
+    remote: Remote = Remote()
+    health: Health = Health()
+    blocking_timeout_s: float = 10.0
+    min_retrieve_tokens: int = 0
+    save_decode_cache: bool = False
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    extra_config: FrozenMapping = Frozen({})  # as written, options with a typed home included
 
 
 class Peer(_Part):
@@ -159,19 +169,14 @@ class Config(_Part):
     disk_paths: tuple[str, ...] = ()
     disk_io_threads: int = 4
     local_disk_serde: Serde = "naive"
-    remote_url: str | None = None
-    remote_serde: Serde = "naive"
     save_unfull_chunk: bool = False  # LMCache 0.3 and older: true
     enable_async_loading: bool = True
-    blocking_timeout_s: float = 10.0
     instance_id: str = DEFAULT_INSTANCE_ID
+    path: str | None = None  # the LMCache file
     live: Live = Live()
-    remote: Remote = Remote()
-    health: Health = Health()
     peer: Peer = Peer()
     controller: Controller = Controller()
     management: Management = Management()
-    extra_config: FrozenMapping = Frozen({})  # as written, options with a typed home included
     not_needed: FrozenMapping = Frozen({})  # keys of LMCache without effect here
     origins: Annotated[Mapping[str, Origin], AfterValidator(Frozen), PlainSerializer(_thawed)] = Frozen({})
     notes: tuple[str, ...] = ()
@@ -186,7 +191,7 @@ class Config(_Part):
         for key in KEYS.values():
             if key.use == "honoured" or key.name in self.origins:
                 rows.append((key.name, self._shown(key), self.origin(key.name).text))
-        for name, value in self.extra_config.items():
+        for name, value in self.live.extra_config.items():
             key_name = f"extra_config.{name}"
             rows.append((key_name, shown(key_name, value), self.origin(key_name).text))
         return rows
@@ -198,10 +203,6 @@ class Config(_Part):
         for name in key.home.split("."):
             value = getattr(value, name)
         return _words(key.name, value)
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, masked(name or "", value) if isinstance(value, str) else value
 
 
 def _words(key: str, value: object) -> str:
@@ -225,11 +226,12 @@ def load_config(
     ``path`` None means the file that ``LMCACHE_CONFIG_FILE`` names, or none. Raises ``ConfigError``.
     """
     environ = os.environ if environ is None else environ
-    draft = read_sources(path or environ.get("LMCACHE_CONFIG_FILE") or None, environ, connector_extra or {})
+    path = path or environ.get("LMCACHE_CONFIG_FILE") or None
+    draft = read_sources(path, environ, connector_extra or {})
     settle(draft, environ)
     return Config(
-        **_nested(draft.values),
-        extra_config=draft.extra,
+        **_nested({**draft.values, "live.extra_config": draft.extra}),
+        path=path,
         not_needed=draft.not_needed,
         origins={key: setting.origin for key, setting in draft.settings.items()},
         notes=draft.notes(),
@@ -237,11 +239,14 @@ def load_config(
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, Any]:
-    """``{"live.log_level": x}`` as ``{"live": {"log_level": x}}``."""
+    """``{"live.remote.tls": x}`` as ``{"live": {"remote": {"tls": x}}}``."""
     result: dict[str, Any] = {}
     for home, value in values.items():
-        part, _, name = home.rpartition(".")
-        (result.setdefault(part, {}) if part else result)[name] = value
+        *parts, name = home.split(".")
+        place = result
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[name] = value
     return result
 
 

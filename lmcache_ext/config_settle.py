@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lmcache_ext.config_keys import LEGACY_SERDES
+from lmcache_ext.config_keys import KEYS, LEGACY_SERDES
 from lmcache_ext.config_merge import Draft
 from lmcache_ext.config_sources import Origin, Setting, refusal
 from lmcache_ext.config_urls import directories, split_url
@@ -24,18 +24,19 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
 
 def _settle_serdes(draft: Draft) -> None:
     for key in ("remote_serde", "local_disk_serde"):
-        value = draft.values.get(key)
-        if value in LEGACY_SERDES:
+        home = KEYS[key].home
+        value = draft.values.get(home or "")
+        if home and value in LEGACY_SERDES:
             draft.note(draft.settings[key], f"{value} is an old name for plain bytes, read as naive")
-            draft.values[key] = "naive"
+            draft.values[home] = "naive"
 
 
 def _settle_disk(draft: Draft) -> None:
     """One directory store for local_disk, file:// and fs://, always with a limit."""
     url, limit = draft.settings.get("remote_url"), draft.settings.get("max_local_disk_size")
-    remote = split_url(draft.values["remote_url"]) if "remote_url" in draft.values else None
+    remote = split_url(draft.values["live.remote_url"]) if "live.remote_url" in draft.values else None
     if url and remote and remote.scheme in ("fs", "file") and "disk_paths" not in draft.values:
-        del draft.values["remote_url"]
+        del draft.values["live.remote_url"]
         paths = directories(remote.path)
         draft.values["disk_paths"] = paths
         draft.note(url, f"is a directory, read as local_disk: {','.join(paths)}")
@@ -73,12 +74,15 @@ def _settle_fixed(draft: Draft) -> None:
 
 def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:
     """Variables that LMCache reads under names of their own, and the pod's name as instance id."""
-    scheme = split_url(draft.values["remote_url"]).scheme if "remote_url" in draft.values else ""
+    scheme = split_url(draft.values["live.remote_url"]).scheme if "live.remote_url" in draft.values else ""
     names = [("POD_NAME", "instance_id"), ("HOSTNAME", "instance_id")]
     if scheme == "resp":
-        names += [("LMCACHE_RESP_USERNAME", "remote.username"), ("LMCACHE_RESP_PASSWORD", "remote.password")]
+        names += [("LMCACHE_RESP_USERNAME", "live.remote.username"), ("LMCACHE_RESP_PASSWORD", "live.remote.password")]
     if scheme == "redis-sentinel":
-        names += [("REDIS_SERVICE_NAME", "remote.sentinel_service"), ("REDIS_TIMEOUT", "remote.sentinel_timeout_s")]
+        names += [
+            ("REDIS_SERVICE_NAME", "live.remote.sentinel_service"),
+            ("REDIS_TIMEOUT", "live.remote.sentinel_timeout_s"),
+        ]
     for name, home in names:
         value = environ.get(name, "").strip()
         if value and home not in draft.values:

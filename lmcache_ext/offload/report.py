@@ -21,8 +21,8 @@ def start_line(settings: Settings, namespace: str | None) -> str:
     if namespace is not None and config.disk_paths:
         capacity = config.live.disk_capacity_bytes
         tiers.append(f"disk {','.join(config.disk_paths)} {_size(capacity) if capacity else 'unbounded'}")
-    if namespace is not None and config.remote_url is not None:
-        tiers.append(f"remote {masked('remote_url', config.remote_url)}")
+    if namespace is not None and config.live.remote_url is not None:
+        tiers.append(f"remote {masked('remote_url', config.live.remote_url)}")
     return (
         f"LMCache-compatible KV cache is on: {' -> '.join(tiers)}; chunk {settings.tokens_per_chunk} tokens = "
         f"{_size(settings.row_bytes)}; policy {config.cache_policy}; "

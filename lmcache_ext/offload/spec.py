@@ -110,7 +110,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         pool = JobPool(_num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
         limits = TierLimits(
             lookup_timeout_s=_LOOKUP_TIMEOUT_S,
-            fetch_timeout_s=config.blocking_timeout_s,
+            fetch_timeout_s=config.live.blocking_timeout_s,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
         )
@@ -124,9 +124,9 @@ def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
     if config.disk_paths:
         disk = DiskStore(config.disk_paths, config.live.disk_capacity_bytes)
         found.append((disk, config.local_disk_serde, "local_disk_serde"))
-    if config.remote_url is not None:
-        remote = open_store(config.remote_url, options=_remote_settings(config))
-        found.append((remote, config.remote_serde, "remote_serde"))
+    if config.live.remote_url is not None:
+        remote = open_store(config.live.remote_url, options=_remote_settings(config))
+        found.append((remote, config.live.remote_serde, "remote_serde"))
     return [(_guarded(store, config), open_serde(serde, key)) for store, serde, key in found]
 
 
@@ -139,7 +139,7 @@ def _num_threads(config: Config) -> int:
 
 def _guarded(store: Store, config: Config) -> Guarded:
     """The breaker around a store; LMCache's health settings replace its own where they were written."""
-    health = config.health
+    health = config.live.health
     written = {
         "failures_to_open": ("get_blocking_failed_threshold", health.failures_before_open),
         "probe_interval_s": ("ping_interval", health.ping_interval_s),
@@ -148,20 +148,20 @@ def _guarded(store: Store, config: Config) -> Guarded:
     options: dict[str, Any] = {
         name: value for name, (key, value) in written.items() if config.origin(f"extra_config.{key}").kind != "default"
     }
-    return Guarded(store, deadline_s=config.blocking_timeout_s, **options)
+    return Guarded(store, deadline_s=config.live.blocking_timeout_s, **options)
 
 
 def _remote_settings(config: Config) -> dict[str, Any]:
     """What the stores behind `remote_url` may be told, by their own names."""
-    assert config.remote_url is not None
-    if config.remote_url.startswith(("file:", "fs:")):
+    assert config.live.remote_url is not None
+    if config.live.remote_url.startswith(("file:", "fs:")):
         return {"name": "remote"}  # a second directory, told from local_disk in metrics
-    options = {"request_timeout_s": config.blocking_timeout_s}
-    options |= remote_options(config.remote.model_dump(), config.extra_config)
+    options = {"request_timeout_s": config.live.blocking_timeout_s}
+    options |= remote_options(config.live.remote.model_dump(), config.live.extra_config)
     if not options.get("tls"):
         options.pop("tls", None)  # not said is not refused: certificates may ask for it
     options |= {
-        name: value for name, value in config.extra_config.items() if name in _LM_OPTIONS or name.startswith("lm_")
+        name: value for name, value in config.live.extra_config.items() if name in _LM_OPTIONS or name.startswith("lm_")
     }
     return options
 

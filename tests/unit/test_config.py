@@ -68,13 +68,13 @@ def test_seed_000_cache_server_by_environment():
             "LMCACHE_SERVER_SERVICE_PORT": "80",
         }
     )
-    assert (config.remote_url, config.remote_serde) == ("lm://vllm-cache-server-service:80", "naive")
+    assert (config.live.remote_url, config.live.remote_serde) == ("lm://vllm-cache-server-service:80", "naive")
     assert config.notes == ()
 
 
 def test_seed_003_centralized():
     config = load_config(path=str(SEEDS / "003_lmcache_config.yaml"), environ={})
-    assert (config.remote_url, config.remote_serde) == ("lm://localhost:65432", "cachegen")
+    assert (config.live.remote_url, config.live.remote_serde) == ("lm://localhost:65432", "cachegen")
     assert config.notes == ()
 
 
@@ -92,7 +92,7 @@ def test_seed_003_peer_to_peer(number):
     }
     assert (config.controller.pull_url, config.controller.worker_ports) == ("localhost:8300", (8499 + number,))
     assert config.instance_id == f"lmcache_instance_{number}"
-    assert config.extra_config == {"lookup_backoff_time": 0.001}
+    assert config.live.extra_config == {"lookup_backoff_time": 0.001}
     path = SEEDS / f"003_p2p_example{number}.yaml"
     assert [note.partition(": kept, but without effect: no ")[0] for note in config.notes[:2]] == [
         f"{path}:7: enable_p2p, p2p_host, p2p_init_ports, p2p_lookup_ports, transfer_channel",
@@ -104,8 +104,8 @@ def test_seed_004_document_within_the_configmap(load):
     manifest = yaml.safe_load((SEEDS / "004_configmap.yaml").read_text())
     config = load(manifest["data"]["lmcache_config.yaml"], {"LMCACHE_USE_EXPERIMENTAL": "True"})
     assert (config.local_cpu, config.chunk_size, config.live.host_capacity_bytes) == (True, 256, 2 * GIB)
-    assert config.remote_url == "redis://redis.default.svc.cluster.local:6379"
-    assert config.remote_serde == "naive"
+    assert config.live.remote_url == "redis://redis.default.svc.cluster.local:6379"
+    assert config.live.remote_serde == "naive"
 
 
 def test_seed_004_the_configmap_itself_is_refused():
@@ -120,7 +120,7 @@ def test_seed_004_the_configmap_itself_is_refused():
 
 def test_seed_004_lm_server():
     config = load_config(path=str(SEEDS / "004_lm_server.yaml"), environ={})
-    assert config.remote_url == "lm://lmcache-server.default.svc.cluster.local:8080"
+    assert config.live.remote_url == "lm://lmcache-server.default.svc.cluster.local:8080"
 
 
 # --- precedence --------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_extra_config_merges_key_by_key(load):
         {"LMCACHE_EXTRA_CONFIG": '{"valkey_database": 7, "resp_num_threads": 3}'},
         {"lmcache.extra_config": {"request_timeout": 5}},
     )
-    assert config.extra_config == {"valkey_database": 1, "resp_num_threads": 3, "request_timeout": 5}
+    assert config.live.extra_config == {"valkey_database": 1, "resp_num_threads": 3, "request_timeout": 5}
     assert config.origin("extra_config.valkey_database").text == f"{load.path}:2"
     assert config.origin("extra_config.resp_num_threads").text == "LMCACHE_EXTRA_CONFIG"
     assert len(config.notes) == 2
@@ -264,9 +264,9 @@ def test_the_pod_is_the_instance():
 
 def test_variables_of_sentinel_and_resp():
     environ = {"REDIS_SERVICE_NAME": "mymaster", "REDIS_TIMEOUT": "2", "LMCACHE_RESP_PASSWORD": "s"}
-    sentinel = load_config(environ=environ | {"LMCACHE_REMOTE_URL": "redis-sentinel://a:1,b:2"}).remote
+    sentinel = load_config(environ=environ | {"LMCACHE_REMOTE_URL": "redis-sentinel://a:1,b:2"}).live.remote
     assert (sentinel.sentinel_service, sentinel.sentinel_timeout_s, sentinel.password) == ("mymaster", 2.0, None)
-    resp = load_config(environ=environ | {"LMCACHE_REMOTE_URL": "resp://a:1"}).remote
+    resp = load_config(environ=environ | {"LMCACHE_REMOTE_URL": "resp://a:1"}).live.remote
     assert resp.password is not None
     assert resp.sentinel_service == "redismaster"
     with pytest.raises(ConfigError, match=r"^environment: REDIS_TIMEOUT: 'soon' is not a number: write "):
@@ -323,10 +323,10 @@ def test_directories(load, written, paths):
 
 def test_remote_directory_is_the_disk_store(load):
     config = load("remote_url: fs://host:0/mnt/a,/mnt/b\n")
-    assert (config.remote_url, config.disk_paths) == (None, ("/mnt/a", "/mnt/b"))
+    assert (config.live.remote_url, config.disk_paths) == (None, ("/mnt/a", "/mnt/b"))
     assert config.live.disk_capacity_bytes == 10 * GIB
     both = load("remote_url: fs:///nfs\nlocal_disk: /ssd\nmax_local_disk_size: 1\n")
-    assert (both.remote_url, both.disk_paths) == ("fs:///nfs", ("/ssd",))
+    assert (both.live.remote_url, both.disk_paths) == ("fs:///nfs", ("/ssd",))
 
 
 def test_a_limit_without_a_disk_is_noted(load):
@@ -348,7 +348,7 @@ def test_local_device_of_old_files(load):
 
 def test_old_serdes_are_plain_bytes(load):
     config = load("remote_serde: safetensor\n")
-    assert config.remote_serde == "naive"
+    assert config.live.remote_serde == "naive"
     assert config.notes == (f"{load.path}:1: remote_serde: safetensor is an old name for plain bytes, read as naive",)
 
 
@@ -415,7 +415,7 @@ def test_secrets_reach_no_row_note_or_repr(load):
         "extra_config:\n  valkey_password: hunter2\n  s3_options: {secret_key: hunter2}\n",
         {"LMCACHE_REMOTE_URL": "redis://:hunter2@g", "LMCACHE_EXTRA_CONFIG": '{"valkey_password": "hunter2"}'},
     )
-    assert config.remote_url == "redis://u:hunter2@h:6379"
+    assert config.live.remote_url == "redis://u:hunter2@h:6379"
     for text in (repr(config), str(config), repr(config.describe()), repr(config.notes)):
         assert "hunter2" not in text
     assert ("remote_url", "redis://u:***@h:6379", f"{load.path}:1") in config.describe()
@@ -454,9 +454,9 @@ def test_nothing_in_a_config_can_be_changed(load):
     for change in (
         lambda: setattr(config, "chunk_size", 1),
         lambda: setattr(config.live, "log_level", "DEBUG"),
-        lambda: config.extra_config.__setitem__("a", 1),
-        lambda: config.extra_config["a"].__setitem__("b", 1),
-        lambda: config.extra_config["a"]["b"].append(3),
+        lambda: config.live.extra_config.__setitem__("a", 1),
+        lambda: config.live.extra_config["a"].__setitem__("b", 1),
+        lambda: config.live.extra_config["a"]["b"].append(3),
     ):
         with pytest.raises((ValueError, AttributeError)):
             change()
@@ -465,7 +465,7 @@ def test_nothing_in_a_config_can_be_changed(load):
 def test_a_config_survives_copying(load):
     config = load("chunk_size: 16\nextra_config: {a: {b: [1]}}")
     assert copy.deepcopy(config) == config
-    assert config.model_dump()["extra_config"] == {"a": {"b": (1,)}}
+    assert config.model_dump()["live"]["extra_config"] == {"a": {"b": (1,)}}
 
 
 def test_live_changes_are_found_by_their_place(load):

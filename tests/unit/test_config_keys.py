@@ -264,7 +264,7 @@ def test_nearest_key(written, meant):
 def test_every_scheme_accepts_its_own_form(scheme):
     form = SCHEMES[scheme].form.replace("[", "").replace("]", "").replace("/db", "/1")
     config = load_config(environ={"LMCACHE_REMOTE_URL": form})
-    assert form in (config.remote_url, f"{scheme}://{config.disk_paths[0]}" if config.disk_paths else None)
+    assert form in (config.live.remote_url, f"{scheme}://{config.disk_paths[0]}" if config.disk_paths else None)
 
 
 def test_mistyped_options_of_stores_are_errors(tmp_path):
@@ -290,15 +290,15 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
         "disk_io_threads": 2,
     }
     config = from_file(tmp_path, yaml.safe_dump({"extra_config": options}))
-    remote = config.remote
+    remote = config.live.remote
     assert remote.password is not None
     assert remote.password.get_secret_value() == "p"
     assert (remote.username, remote.database, remote.mode, remote.tls) == ("u", 3, "cluster", True)
     assert (remote.ttl_enabled, remote.ttl_s, remote.num_connections) == (True, 60.0, 4)
     assert (remote.request_timeout_s, remote.connect_timeout_s) == (2.0, 1.0)
-    assert tuple(config.health.model_dump().values()) == (3.0, 5, 9.0)
+    assert tuple(config.live.health.model_dump().values()) == (3.0, 5, 9.0)
     assert config.disk_io_threads == 2
-    assert dict(config.extra_config) == options
+    assert dict(config.live.extra_config) == options
     assert config.notes == ()
 
 

@@ -155,7 +155,7 @@ def test_malformed_url(tmp_path, url, problem):
 
 @pytest.mark.parametrize("url", GOOD_URLS)
 def test_url_that_is_well_formed(url):
-    assert load_config(environ={"LMCACHE_REMOTE_URL": f"'{url}'"}).remote_url == url
+    assert load_config(environ={"LMCACHE_REMOTE_URL": f"'{url}'"}).live.remote_url == url
 
 
 def test_missing_file(tmp_path):
