@@ -113,7 +113,7 @@ class Health(_Part):
 
 
 class Live(_Part):
-    """What a running server may change ; a new file that differs elsewhere needs a restart."""
+    """What a running server may change (`lmcache_ext.reload`); a new file that differs elsewhere needs a restart."""
 
     host_capacity_bytes: int = 5 * GIB  # of the whole engine: all ranks share one region (LMCache: of each rank)
     disk_capacity_bytes: int | None = None  # of all disk_paths together; None without any
@@ -124,6 +124,8 @@ class Live(_Part):
     blocking_timeout_s: float = 10.0
     min_retrieve_tokens: int = 0
     save_decode_cache: bool = False
+    freeze: bool = False  # look up and load, store nothing new
+    bypass: bool = False  # neither look up nor store
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     extra_config: FrozenMapping = Frozen({})  # as written, options with a typed home included
 
@@ -199,13 +201,18 @@ class Config(_Part):
     def _shown(self, key: Key) -> str:
         if key.home is None:
             return shown(key.name, self.not_needed[key.name])
+        return in_words(key.name, self.at(key.home))
+
+    def at(self, home: str) -> object:
+        """The value in a place such as "live.log_level"."""
         value: object = self
-        for name in key.home.split("."):
+        for name in home.split("."):
             value = getattr(value, name)
-        return _words(key.name, value)
+        return value
 
 
-def _words(key: str, value: object) -> str:
+def in_words(key: str, value: object) -> str:
+    """A value as a person reads it, secrets masked."""
     if isinstance(value, int) and key in ("max_local_cpu_size", "max_local_disk_size"):
         return in_gib(value)
     if value is None or value == ():

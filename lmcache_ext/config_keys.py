@@ -78,6 +78,8 @@ _HONOURED = (
     Key("enable_async_loading", boolean, "enable_async_loading"),
     Key("blocking_timeout_secs", seconds, "live.blocking_timeout_s"),
     Key("min_retrieve_tokens", whole(0), "live.min_retrieve_tokens"),
+    Key("freeze", boolean, "live.freeze"),
+    Key("bypass", boolean, "live.bypass"),
     Key("lmcache_instance_id", optional(text), "instance_id"),
     Key("log_level", one_of(*LOG_LEVELS), "live.log_level"),
 )

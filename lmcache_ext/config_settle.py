@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lmcache_ext.config_keys import KEYS, LEGACY_SERDES
+from lmcache_ext.config_keys import LEGACY_SERDES
 from lmcache_ext.config_merge import Draft
 from lmcache_ext.config_sources import Origin, Setting, refusal
 from lmcache_ext.config_urls import directories, split_url
@@ -23,10 +23,9 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
 
 
 def _settle_serdes(draft: Draft) -> None:
-    for key in ("remote_serde", "local_disk_serde"):
-        home = KEYS[key].home
-        value = draft.values.get(home or "")
-        if home and value in LEGACY_SERDES:
+    for key, home in (("remote_serde", "live.remote_serde"), ("local_disk_serde", "local_disk_serde")):
+        value = draft.values.get(home)
+        if value in LEGACY_SERDES:
             draft.note(draft.settings[key], f"{value} is an old name for plain bytes, read as naive")
             draft.values[home] = "naive"
 

@@ -7,7 +7,6 @@ tell a user what was reused.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.tier import ADAPTER_PARAM
+from lmcache_ext.offload.tuning import Tuning, set_log_level
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,14 +90,15 @@ class LMCacheConnectorV1(OffloadingConnector):
         found = settings.resolve(vllm_config, kv_cache_config)
         self._hooks = Hooks()
         self._settings = found
-        if found.config.origin("log_level").kind != "default":
-            logging.getLogger("vllm.lmcache_ext").setLevel(found.config.live.log_level)
-        self._min_retrieve_tokens = found.config.live.min_retrieve_tokens
+        set_log_level(found.config)
         if role == KVConnectorRole.SCHEDULER:
             if transfer.kv_connector_extra_config.get(settings.LOAD_FAILURE_POLICY) != "fail":
                 transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
             self._open_namespace(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
+        self._tuning = Tuning(
+            found.config, lambda: settings.read_config(vllm_config), scheduler=self.connector_scheduler
+        )
         self._adapters = Adapters()
         self._report = HitReport()
         self._stats = OffloadingConnectorStats()
@@ -140,6 +141,7 @@ class LMCacheConnectorV1(OffloadingConnector):
     def on_new_request(self, request: Request) -> None:
         if self._hooks.off:
             return
+        self._hooks.run("reload", self._tuning.tick, None)
         req_id = request.request_id
         if not self._hooks.run("label_adapter", lambda: self._adapters.label(request), False, req_id=req_id):
             request.kv_transfer_params = {**(request.kv_transfer_params or {}), ADAPTER_PARAM: ""}
@@ -150,7 +152,7 @@ class LMCacheConnectorV1(OffloadingConnector):
     @override
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         req_id = request.request_id
-        if self._hooks.bypassed(req_id):
+        if self._tuning.live.bypass or self._hooks.bypassed(req_id):
             return 0, False
         nothing: tuple[int | None, bool] = (0, False)
         return self._hooks.run(
@@ -168,7 +170,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             self._hooks.bypass(req_id)
             tokens, load = 0, False
         self._asked_at.pop(req_id, None)
-        if tokens < self._min_retrieve_tokens:
+        if tokens < self._tuning.live.min_retrieve_tokens:
             tokens, load = 0, False
         self._stats.increase_counter(metrics.LOOKUP_REQUESTS)
         self._stats.increase_counter(metrics.REQUESTED_TOKENS, request.num_tokens)
@@ -201,6 +203,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         meta = None
         if not self._hooks.off:
             meta = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
+            self._hooks.run("reload", self._tuning.tick, None)
         meta = meta or self._lost_meta()
         meta.idle = scheduler_output.total_num_scheduled_tokens == 0
         meta.failed_loads, self._failed_loads = self._failed_loads, set()
@@ -281,6 +284,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             stats.set_gauge(metrics.CACHE_ACTIVE, 0)
         elif (inner := self.scheduler.get_stats()) is not None:
             stats.aggregate(inner)
+        self._tuning.count_into(stats)
         return None if stats.is_empty() else stats
 
     # -- worker ----------------------------------------------------------------------------------
@@ -297,6 +301,8 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._hooks.run("reload", self._tuning.tick, None)
+
         def body() -> bool:
             super(LMCacheConnectorV1, self).start_load_kv(forward_context, **kwargs)
             return True
@@ -354,6 +360,7 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def shutdown(self) -> None:
+        self._tuning.close()
         self._hooks.run("shutdown", super().shutdown, None)
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from typing_extensions import override
-from vllm.v1.kv_offload.base import LoadStoreSpec, LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.base import LoadStoreSpec, LookupResult, OffloadKey, PrepareStoreOutput, ReqContext
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
@@ -35,6 +35,8 @@ class BoundedTieringManager(TieringOffloadingManager):
         self._max_promotions = max(1, int(primary_tier._num_chunks * _PROMOTABLE_FRACTION))
         self._promotions: dict[str, Counter[OffloadKey]] = {}
         self._unwritten: set[OffloadKey] = set()
+        self.frozen = False
+        """Whether no new chunk is taken in. What is there is found and loaded, from far tiers too."""
 
     def mark_unwritten(self, keys: Collection[OffloadKey]) -> None:
         """The rows of `keys` did not get their bytes: their store job will complete as a failure."""
@@ -80,6 +82,12 @@ class BoundedTieringManager(TieringOffloadingManager):
         promotions[key] += 1
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
         return started
+
+    @override
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
+        if self.frozen:  # as if all of them were there: None would be a failure, and tried again
+            return PrepareStoreOutput([], self.primary_tier._get_load_store_spec([], []), [])
+        return super().prepare_store(keys, req_context)
 
     @override
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:

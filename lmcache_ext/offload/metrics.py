@@ -20,6 +20,9 @@ TIER_USED_BYTES = "lmcache_ext:tier_used_bytes"
 TIER_CAPACITY_BYTES = "lmcache_ext:tier_capacity_bytes"
 HOOK_FAILURES = "lmcache_ext:hook_failures"
 CACHE_ACTIVE = "lmcache_ext:cache_active"
+CONFIG_RELOADS = "lmcache_ext:config_reloads"
+CONFIG_GENERATION = "lmcache_ext:config_generation"
+CONFIG_DIGEST = "lmcache_ext:config_digest"
 
 
 def definitions() -> dict[str, OffloadingMetricMetadata]:
@@ -40,4 +43,7 @@ def definitions() -> dict[str, OffloadingMetricMetadata]:
         TIER_CAPACITY_BYTES: gauge("Bytes the tier may hold.", ("tier",)),
         HOOK_FAILURES: counter("Exceptions in the connector, each contained to its request.", ("hook",)),
         CACHE_ACTIVE: gauge("1 while the KV cache connector is on."),
+        CONFIG_RELOADS: counter("Changed configuration files, by what became of them.", ("outcome",)),
+        CONFIG_GENERATION: gauge("Live configurations that took effect since the start, which is the first."),
+        CONFIG_DIGEST: gauge("First 32 bits of the SHA-256 of the file whose live part is in effect."),
     }

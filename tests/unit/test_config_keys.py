@@ -140,7 +140,7 @@ LEGACY = [
     "nixl_peer_port",
     "nixl_enable_gc",
 ]
-OURS = ["log_level", "local_disk_serde"]
+OURS = ["log_level", "local_disk_serde", "freeze", "bypass"]
 
 
 def from_file(tmp_path, text, environ=None, connector=None):
