@@ -122,6 +122,7 @@ class Live(_Part):
     remote: Remote = Remote()
     health: Health = Health()
     blocking_timeout_s: float = 10.0
+    lookup_timeout_ms: int = 300  # LMCache: 3000
     min_retrieve_tokens: int = 0
     save_decode_cache: bool = False
     freeze: bool = False  # look up and load, store nothing new

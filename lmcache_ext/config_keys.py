@@ -77,6 +77,7 @@ _HONOURED = (
     Key("save_unfull_chunk", boolean, "save_unfull_chunk"),
     Key("enable_async_loading", boolean, "enable_async_loading"),
     Key("blocking_timeout_secs", seconds, "live.blocking_timeout_s"),
+    Key("lookup_timeout_ms", whole(1), "live.lookup_timeout_ms"),
     Key("min_retrieve_tokens", whole(0), "live.min_retrieve_tokens"),
     Key("freeze", boolean, "live.freeze"),
     Key("bypass", boolean, "live.bypass"),
@@ -112,7 +113,7 @@ _GDS = "files are read into host memory and copied from there: use local_disk"
 _LAZY = "host memory is one mapping that the kernel fills on first use"
 _BLEND = "only prefixes are reused: a chunk in another place of a prompt is computed again"
 _PLUGIN = "nothing is loaded by name: the tiers are host memory, local_disk and remote_url"
-_LOOKUP = "the scheduler looks up by itself and never waits: a slow store is a miss (blocking_timeout_secs)"
+_LOOKUP = "the scheduler looks up by itself and never waits: a slow store is a miss (lookup_timeout_ms)"
 _STATISTICS = "lookups and hits are counted at /metrics"
 _HIDDEN = "only KV is stored"
 _NOT_NEEDED = (
@@ -177,7 +178,7 @@ _NOT_NEEDED = (
         "no CXL pool: use max_local_cpu_size and local_disk", maru_path=optional(text), maru_pool_size=size_bytes
     ),
     *_not_needed("name the real store as remote_url", audit_actual_remote_url=optional(remote_url)),
-    *_not_needed(_LOOKUP, external_lookup_client=optional(text), lookup_timeout_ms=whole(1)),
+    *_not_needed(_LOOKUP, external_lookup_client=optional(text)),
     *_not_needed(_LOOKUP, lookup_server_worker_ids=optional(list_of(whole(0))), enable_scheduler_bypass_lookup=boolean),
     *_not_needed("garbage collection is left to vLLM", py_enable_gc=boolean),
     *_not_needed("vLLM binds its workers (--numa-bind)", numa_mode=optional(one_of("auto", "manual"))),

@@ -33,7 +33,6 @@ from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.spec")
 
-_LOOKUP_TIMEOUT_S = 1.0  # an existence check that takes longer is a miss
 _MAX_QUEUED_TASKS = 4096
 _LM_OPTIONS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")  # of extra_config, for lm://
 _PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
@@ -109,7 +108,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             return []
         pool = JobPool(_num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
         limits = TierLimits(
-            lookup_timeout_s=_LOOKUP_TIMEOUT_S,
+            lookup_timeout_s=config.live.lookup_timeout_ms / 1000,
             fetch_timeout_s=config.live.blocking_timeout_s,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
@@ -148,7 +147,8 @@ def _guarded(store: Store, config: Config) -> Guarded:
     options: dict[str, Any] = {
         name: value for name, (key, value) in written.items() if config.origin(f"extra_config.{key}").kind != "default"
     }
-    return Guarded(store, deadline_s=config.live.blocking_timeout_s, **options)
+    lookup_deadline_s = config.live.lookup_timeout_ms / 1000
+    return Guarded(store, deadline_s=config.live.blocking_timeout_s, lookup_deadline_s=lookup_deadline_s, **options)
 
 
 def _remote_settings(config: Config) -> dict[str, Any]:
@@ -156,7 +156,10 @@ def _remote_settings(config: Config) -> dict[str, Any]:
     assert config.live.remote_url is not None
     if config.live.remote_url.startswith(("file:", "fs:")):
         return {"name": "remote"}  # a second directory, told from local_disk in metrics
-    options = {"request_timeout_s": config.live.blocking_timeout_s}
+    options = {
+        "request_timeout_s": config.live.blocking_timeout_s,
+        "lookup_timeout_s": config.live.lookup_timeout_ms / 1000,
+    }
     options |= remote_options(config.live.remote.model_dump(), config.live.extra_config)
     if not options.get("tls"):
         options.pop("tls", None)  # not said is not refused: certificates may ask for it

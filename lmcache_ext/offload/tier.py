@@ -105,7 +105,6 @@ class StoredTier(SecondaryTierManager):
         self._pool = pool
         self._limits = limits
         self._lookups = _Lookups(store.name, self._chunks)
-        self._asked_at: dict[str, float] = {}
         self._loading: dict[JobId, TransferJob] = {}
         self._due: dict[OffloadKey, float] = {}
         self._abandoned: set[OffloadKey] = set()
@@ -124,14 +123,11 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        asked = self._asked_at.get(req_context.req_id)
-        if asked is None:
-            if _adapter(req_context) == "" or self._store.is_open(READ):
-                return LookupResult.MISS
-            asked = self._asked_at[req_context.req_id] = time.monotonic()
+        if _adapter(req_context) == "" or self._store.is_open(READ):
+            return LookupResult.MISS
         found = self._lookups.lookup(key, req_context)
         if found is None:
-            patient = time.monotonic() - asked < self._limits.lookup_timeout_s
+            patient = self._lookups.waits_s(key) < self._limits.lookup_timeout_s
             return LookupResult.RETRY if patient else LookupResult.MISS
         self._num_queries += 1
         self._num_hits += found
@@ -153,7 +149,6 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._asked_at.pop(req_context.req_id, None)
         self._lookups.cleanup(req_context.req_id)
 
     @override
@@ -352,11 +347,33 @@ class StoredTier(SecondaryTierManager):
 
 
 class _Lookups(AsyncLookupManager):
-    """vLLM's background existence checks, asked of our store."""
+    """vLLM's background existence checks, asked of our store; they know for how long each key waits."""
 
     def __init__(self, name: str, chunks: ChunkIO) -> None:
         self._chunks = chunks
+        self._asked_at: dict[OffloadKey, float] = {}
         super().__init__(name)
+
+    def waits_s(self, key: OffloadKey) -> float:
+        """For how long the unanswered key is asked for: seconds since the first call of this."""
+        now = time.monotonic()
+        return now - self._asked_at.setdefault(key, now)
+
+    @override
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> bool | None:
+        found: bool | None = super().lookup(key, req_context)
+        if found is not None:
+            self._asked_at.pop(key, None)
+        return found
+
+    @override
+    def cleanup(self, req_id: str) -> None:
+        keys = self._req_keys.get(req_id, ())
+        super().cleanup(req_id)
+        for key in keys:
+            state = self._lookup_state.get(key)
+            if state is None or not state.request_ids:
+                self._asked_at.pop(key, None)
 
     def stop(self, timeout_s: float) -> None:
         """`shutdown` that does not wait for a file system that has gone away; the thread is a daemon."""

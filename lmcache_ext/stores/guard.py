@@ -4,12 +4,16 @@
 
 Reads and writes have a breaker each, because a disk that is full or read-only still serves. While reads
 are open every call answers at once (a miss, or StoreUnavailable for writes) and a daemon thread asks
-`ping` with exponential backoff and jitter until the backend is back. While only writes are open, one
-`put` is let through after each backoff as a trial; `ping` proves nothing about writing.
+`ping` with exponential backoff and jitter until the backend is back; where it was a fetch that failed, it
+also fetches that object again, for a backend that trickles answers `ping` in time. While only writes are
+open, one `put` is let through after each backoff as a trial; `ping` proves nothing about writing.
 
-A call is judged when it returns: a blocking file system call cannot be interrupted, so the deadline
-limits how many slow calls there are, not how long one takes. What a slow read fetched is still given.
-A batch is one call: it failed where any of its objects did, once, however many those are.
+Failures are in a row among calls of one kind: an `exists` that works says nothing about fetching. A read
+that failed late counts once per second that somebody waited for it, so a few long waits are enough. A batch
+is one call: it failed where any of its objects did, once, however many those are.
+
+A call is judged when it returns, but a blocking file system call may never: a read past its deadline is
+counted as it runs, whenever somebody asks `is_open`. What a slow read fetched is still given.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lmcache_ext.errors import StoreError, StoreUnavailable
@@ -32,6 +37,8 @@ T = TypeVar("T")
 
 READ = "read"
 WRITE = "write"
+
+_SECONDS_PER_FAILURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +63,30 @@ class Breaker:
         self._interval_s = interval_s
         self._max_interval_s = max_interval_s
         self._jitter = jitter
-        self._failures = 0
+        self._failures: Counter[str] = Counter()
         self._openings = 0
         self._on_trial = False
 
-    def succeed(self) -> bool:
-        """A call was good; whether this closed the breaker."""
-        was_open = self.is_open
-        self.is_open, self._failures, self._openings, self._on_trial = False, 0, 0, False
-        return was_open
+    def succeed(self, kind: str = "") -> bool:
+        """A call was good, which ends the row of failures of its kind; whether this closed the breaker."""
+        if not self.is_open:
+            self._failures.pop(kind, None)
+            return False
+        self._failures.clear()
+        self.is_open, self._openings, self._on_trial = False, 0, False
+        return True
 
-    def fail(self, now: float) -> bool:
-        """A call failed or was slow; whether this opened the breaker.
+    def fail(self, now: float, kind: str = "", *, times: int = 1) -> bool:
+        """A call failed or was slow, as bad as so many; whether this opened the breaker.
 
         While open only a trial backs off further; the others began before it opened and say nothing new.
         """
-        self._failures += 1
         if self.is_open:
             if self._on_trial:
                 self.back_off(now)
             return False
-        if self._failures < self._failures_to_open:
+        self._failures[kind] += times
+        if self._failures[kind] < self._failures_to_open:
             return False
         self.is_open = True
         self.back_off(now)
@@ -100,6 +110,25 @@ class Breaker:
         return True
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of the store; `charged` is how many failures it was counted as while it ran."""
+
+    side: str
+    kind: str
+    started_at: float
+    deadline_s: float
+    charged: int = 0
+    failures: list[StoreError] = field(default_factory=list)
+    """At its end, of a batch one per object that failed."""
+    again: Callable[[], object] | None = None
+    """Makes the same call without anybody waiting: what a probe must see succeed."""
+
+    def cost(self, now: float) -> int:
+        """As how many failures it counts, if it is one. Nobody waits for writes."""
+        return max(1, int((now - self.started_at) / _SECONDS_PER_FAILURE)) if self.side == READ else 1
+
+
 class Guarded(Store):
     """Any store, made harmless: reads never raise a StoreError, and a dead backend costs microseconds.
 
@@ -109,6 +138,7 @@ class Guarded(Store):
     Failure:  `exists`, `get_into` and `usage` answer a failure as a miss (unknown), counted by cause.
               `put` and `delete` raise StoreError, at once while open: the caller counts a drop.
 
+    `lookup_deadline_s` is that of `exists` and `ping`, by default `deadline_s`, which is that of all others.
     `on_event` is told of each Change from the thread that caused it, outside the lock.
     """
 
@@ -117,6 +147,7 @@ class Guarded(Store):
         store: Store,
         *,
         deadline_s: float,
+        lookup_deadline_s: float | None = None,
         failures_to_open: int = 5,
         probe_interval_s: float = 1.0,
         max_probe_interval_s: float = 60.0,
@@ -128,6 +159,7 @@ class Guarded(Store):
         self.name = store.name
         self._store = store
         self._deadline_s = deadline_s
+        self._lookup_deadline_s = deadline_s if lookup_deadline_s is None else lookup_deadline_s
         self._on_event = on_event
         self._clock = clock
         self._closing = closing or threading.Event()
@@ -135,14 +167,16 @@ class Guarded(Store):
         self._reads = Breaker(failures_to_open, probe_interval_s, max_probe_interval_s, jitter)
         self._writes = Breaker(failures_to_open, probe_interval_s, max_probe_interval_s, jitter)
         self._counters: Counter[str] = Counter()
+        self._running: set[_Call] = set()
         self._probe: threading.Thread | None = None
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found = self._read(lambda: self._store.exists(keys))
+        found = self._read("exists", self._lookup_deadline_s, lambda: self._store.exists(keys))
         return [False] * len(keys) if found is None else found
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
-        return self._read(lambda: self._store.get_into(key, parts))
+        again = self._refetch(key, parts)
+        return self._read("get", self._deadline_s, lambda: self._store.get_into(key, parts), again)
 
     def get_many_into(
         self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
@@ -150,29 +184,28 @@ class Guarded(Store):
         """No outcome is a StoreError."""
         if self._rejects_reads(READ):
             return [None] * len(keys)
-        started_at = self._clock()
-        outcomes = self._store.get_many_into(keys, parts_per_key)
-        self._judge(READ, outcomes, started_at)
+        with self._call(READ, "get", self._deadline_s) as call:
+            call.again = self._refetch(keys[0], parts_per_key[0]) if keys else None
+            outcomes = self._store.get_many_into(keys, parts_per_key)
+            call.failures = [outcome for outcome in outcomes if isinstance(outcome, StoreError)]
+            if call.failures:
+                first = outcomes.index(call.failures[0])
+                call.again = self._refetch(keys[first], parts_per_key[first])
         return [None if isinstance(outcome, StoreError) else outcome for outcome in outcomes]
 
     def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
-        started_at = self._clock()
-        if not self._admits_write(started_at):
+        if not self._admits_write():
             raise StoreUnavailable(f"{self.name}: circuit open")
-        try:
+        with self._call(WRITE, "put", self._deadline_s):
             self._store.put(key, parts)
-        except StoreError as error:
-            self._failed(WRITE, type(error).__name__, str(error))
-            raise
-        self._returned(WRITE, started_at)
 
     def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
         """While writes are open, a batch is let through as a trial as a single `put` is."""
-        started_at = self._clock()
-        if not self._admits_write(started_at):
+        if not self._admits_write():
             return [StoreUnavailable(f"{self.name}: circuit open") for _ in keys]
-        outcomes = self._store.put_many(keys, parts_per_key)
-        self._judge(WRITE, outcomes, started_at)
+        with self._call(WRITE, "put", self._deadline_s) as call:
+            outcomes = self._store.put_many(keys, parts_per_key)
+            call.failures = [outcome for outcome in outcomes if outcome is not None]
         return outcomes
 
     def delete(self, keys: Sequence[bytes]) -> None:
@@ -199,14 +232,18 @@ class Guarded(Store):
         return Usage(None, None, None)
 
     def counters(self) -> dict[str, int]:
-        """Calls so far by `<side>.<cause>`: ok, slow, rejected, opened, closed; objects by their error's class."""
+        """Calls so far by `<side>.<cause>`: ok, slow, rejected, opened, closed; objects by their error's class.
+
+        A read that was past its deadline while it ran is `overdue` then, and what became of it at its end.
+        """
         with self._lock:
             return dict(self._counters)
 
     def is_open(self, side: str = READ) -> bool:
         """Whether that side (READ, WRITE) is being answered without asking the store."""
-        with self._lock:
-            return self._breaker(side).is_open
+        if self._running:
+            self._charge_overdue()
+        return self._breaker(side).is_open
 
     def close(self) -> None:
         """Stop probing and close the store; a probe stuck in a system call is left behind (a daemon)."""
@@ -214,38 +251,61 @@ class Guarded(Store):
         with self._lock:
             probe, self._probe = self._probe, None
         if probe is not None:
-            probe.join(self._deadline_s)
+            probe.join(self._lookup_deadline_s)
         self._store.close()
 
-    def _read(self, call: Callable[[], T]) -> T | None:
+    def _read(
+        self, kind: str, deadline_s: float, read: Callable[[], T], again: Callable[[], object] | None = None
+    ) -> T | None:
         """Judge one read; None where it failed or was not asked."""
         if self._rejects_reads(READ):
             return None
-        started_at = self._clock()
         try:
-            result = call()
-        except StoreError as error:
-            self._failed(READ, type(error).__name__, str(error))
+            with self._call(READ, kind, deadline_s, again):
+                return read()
+        except StoreError:
             return None
-        self._returned(READ, started_at)
-        return result
 
-    def _admits_write(self, now: float) -> bool:
+    @contextmanager
+    def _call(
+        self, side: str, kind: str, deadline_s: float, again: Callable[[], object] | None = None
+    ) -> Iterator[_Call]:
+        """Around a call of the store: it is known while it runs, and judged at its end."""
+        call = _Call(side, kind, self._clock(), deadline_s, again=again)
         with self._lock:
-            admits = not self._reads.is_open and self._writes.admits(now)
+            self._running.add(call)
+        try:
+            yield call
+        except StoreError as error:
+            call.failures = [error]
+            self._judge(call)
+            raise
+        else:
+            self._judge(call)
+        finally:
+            with self._lock:
+                self._running.discard(call)
+
+    def _refetch(self, key: bytes, parts: Sequence[memoryview]) -> Callable[[], object]:
+        """Fetches the object again, into memory that nobody looks at; a miss by then is an answer too."""
+        num_bytes = sum(part.nbytes for part in parts)  # not the parts: they are let go when the call ends
+        return lambda: self._store.get_into(key, (memoryview(bytearray(num_bytes)),))
+
+    def _admits_write(self) -> bool:
+        with self._lock:
+            admits = not self._reads.is_open and self._writes.admits(self._clock())
             if not admits:
                 self._counters["write.rejected"] += 1
         return admits
 
-    def _judge(self, side: str, outcomes: Sequence[object], started_at: float) -> None:
-        """A batch, as one call, by the first failure in it."""
-        failures = [outcome for outcome in outcomes if isinstance(outcome, StoreError)]
-        if not failures:
-            self._returned(side, started_at)
+    def _judge(self, call: _Call) -> None:
+        """A call that ended; a batch by the first failure in it."""
+        if not call.failures:
+            self._returned(call)
             return
-        for also_failed in failures[1:]:
-            self._count(f"{side}.{type(also_failed).__name__}")
-        self._failed(side, type(failures[0]).__name__, str(failures[0]))
+        for also_failed in call.failures[1:]:
+            self._count(f"{call.side}.{type(also_failed).__name__}")
+        self._failed(call, type(call.failures[0]).__name__, str(call.failures[0]))
 
     def _rejects_reads(self, what: str) -> bool:
         if not self._reads.is_open:  # one attribute: a stale answer is as good as a call a moment earlier
@@ -253,52 +313,63 @@ class Guarded(Store):
         self._count(f"{what}.rejected")
         return True
 
-    def _returned(self, side: str, started_at: float) -> None:
-        took_s = self._clock() - started_at
-        if took_s > self._deadline_s:
-            self._failed(side, "slow", f"took {took_s:.3f} s, deadline is {self._deadline_s:.3f} s")
+    def _returned(self, call: _Call) -> None:
+        side, took_s = call.side, self._clock() - call.started_at
+        if took_s > call.deadline_s:
+            self._failed(call, "slow", f"{call.kind} took {took_s:.3f} s, deadline is {call.deadline_s:.3f} s")
             return
         with self._lock:
             self._counters[f"{side}.ok"] += 1
             # A read that began before the breaker opened proves less than the probe.
-            closed = (side == WRITE or not self._reads.is_open) and self._breaker(side).succeed()
+            closed = (side == WRITE or not self._reads.is_open) and self._breaker(side).succeed(call.kind)
             if closed:
                 self._counters[f"{side}.closed"] += 1
         if closed:
             self._tell(Change(self.name, side, False, "trial"), "a trial write succeeded")
 
-    def _failed(self, side: str, cause: str, detail: str) -> None:
+    def _charge_overdue(self) -> None:
+        """Count the reads that are past their deadline and still run, each as often as it has come to cost."""
+        now = self._clock()
         with self._lock:
-            self._counters[f"{side}.{cause}"] += 1
-            opened = self._breaker(side).fail(self._clock())
+            late = [call for call in self._running if call.side == READ and now - call.started_at > call.deadline_s]
+        for call in late:
+            if call.charged < call.cost(now):
+                late_s = now - call.started_at
+                self._failed(
+                    call, "overdue", f"{call.kind} runs for {late_s:.3f} s, deadline is {call.deadline_s:.3f} s"
+                )
+
+    def _failed(self, call: _Call, cause: str, detail: str) -> None:
+        side = call.side
+        with self._lock:
+            if cause != "overdue" or not call.charged:
+                self._counters[f"{side}.{cause}"] += 1
+            now = self._clock()
+            times, call.charged = call.cost(now) - call.charged, call.cost(now)
+            opened = times > 0 and self._breaker(side).fail(now, call.kind, times=times)
             if opened:
                 self._counters[f"{side}.opened"] += 1
-            probe = self._new_probe() if opened and side == READ else None
+            probe = self._new_probe(call.again) if opened and side == READ else None
         if opened:
             self._tell(Change(self.name, side, True, cause), detail)
         if probe is not None:
             probe.start()
 
-    def _new_probe(self) -> threading.Thread | None:
+    def _new_probe(self, again: Callable[[], object] | None) -> threading.Thread | None:
         if self._closing.is_set():
             return None
-        self._probe = threading.Thread(target=self._probe_until_back, name=f"{self.name}-probe", daemon=True)
+        name = f"{self.name}-probe"
+        self._probe = threading.Thread(target=self._probe_until_back, args=(again,), name=name, daemon=True)
         return self._probe
 
-    def _probe_until_back(self) -> None:
+    def _probe_until_back(self, again: Callable[[], object] | None) -> None:
         """Top of the probe thread: it ends when the backend answers in time, or at `close`."""
         while True:
             with self._lock:
                 wait_s = max(self._reads.retry_at - self._clock(), 0.0)
             if self._closing.wait(wait_s):
                 return
-            try:
-                is_back = self._store.ping() <= self._deadline_s
-            except StoreError:
-                is_back = False
-            except Exception:
-                logger.exception("%s: ping failed in a way that no store should", self.name)
-                is_back = False
+            is_back = self._is_back(again)
             with self._lock:
                 if is_back:
                     self._reads.succeed()
@@ -308,6 +379,23 @@ class Guarded(Store):
             if is_back:
                 self._tell(Change(self.name, READ, False, "probe"), "it answers again")
                 return
+
+    def _is_back(self, again: Callable[[], object] | None) -> bool:
+        """Whether `ping`, and what failed, are answered in time now."""
+        try:
+            return self._in_time(self._store.ping, self._lookup_deadline_s) and (
+                again is None or self._in_time(again, self._deadline_s)
+            )
+        except StoreError:
+            return False
+        except Exception:
+            logger.exception("%s: a probe failed in a way that no store should", self.name)
+            return False
+
+    def _in_time(self, call: Callable[[], object], deadline_s: float) -> bool:
+        started_at = self._clock()
+        call()
+        return self._clock() - started_at <= deadline_s
 
     def _tell(self, change: Change, detail: str) -> None:
         if change.is_open:

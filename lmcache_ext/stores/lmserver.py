@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from lmcache_ext.stores.lmserver_socket import Address
 
 MAX_REMEMBERED = 65536
 """Keys deleted on a server that cannot delete; beyond it the oldest are forgotten."""
+
+
+_SHARE = 0.8  # of a deadline, for one of several servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,10 @@ def open_lm(url: str, options: Mapping[str, Any]) -> Store:
     settings = parse_options(url, options)
     if len(addresses) == 1:
         return LMServerStore(addresses[0], settings)
-    stores = [LMServerStore(address, settings, name=f"lm {address}") for address in addresses]
-    return ShardedStore(stores, deadline_s=settings.timeout_s)
+    # A server that hangs must be given up before the whole is late: only its own keys are lost then.
+    each = replace(settings, timeout_s=_SHARE * settings.timeout_s, lookup_timeout_s=_SHARE * settings.lookup_timeout_s)
+    stores = [LMServerStore(address, each, name=f"lm {address}") for address in addresses]
+    return ShardedStore(stores, deadline_s=settings.timeout_s, lookup_deadline_s=settings.lookup_timeout_s)
 
 
 def parse_addresses(url: str) -> list[Address]:
@@ -166,12 +171,16 @@ def parse_options(url: str, options: Mapping[str, Any]) -> Settings:
 
 _TEXTS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")
 _TIMES = ("connect_timeout_s", "lookup_timeout_s", "timeout_s")
-_LMCACHE_NAMES = {"tls": "tls_enable", "timeout_s": "request_timeout", "connect_timeout_s": "connection_timeout"}
+_OTHER_NAMES = {  # LMCache's, and those that all remote stores share
+    "tls": ("tls_enable",),
+    "timeout_s": ("request_timeout", "request_timeout_s"),
+    "connect_timeout_s": ("connection_timeout",),
+}
 
 
 def _option(options: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
-    """By its name, with prefix or without, or as LMCache calls it for its other stores."""
-    written = (f"lm_{name}", name, _LMCACHE_NAMES.get(name, name))
+    """By its name, with prefix or without, or as it is called for other stores."""
+    written = (f"lm_{name}", name, *_OTHER_NAMES.get(name, ()))
     return next((options[each] for each in written if options.get(each) is not None), None)
 
 

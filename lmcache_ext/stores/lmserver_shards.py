@@ -32,11 +32,21 @@ class ShardedStore(Store):
               where all servers are out, `ping`, `put` and `delete` raise StoreUnavailable.
     """
 
-    def __init__(self, stores: Sequence[Store], *, deadline_s: float, name: str = "lm") -> None:
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        *,
+        deadline_s: float,
+        lookup_deadline_s: float | None = None,
+        name: str = "lm",
+    ) -> None:
         self.name = name
         self.num_dropped = 0
         self._names = [str(getattr(store, "address", store.name)).encode() for store in stores]
-        self._stores = [Guarded(store, deadline_s=deadline_s, max_probe_interval_s=10.0) for store in stores]
+        self._stores = [
+            Guarded(store, deadline_s=deadline_s, lookup_deadline_s=lookup_deadline_s, max_probe_interval_s=10.0)
+            for store in stores
+        ]
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 

@@ -74,6 +74,8 @@ class RespOptions:
     """At most so many to each server."""
     request_timeout_s: float = 5.0
     """Of one call of the store, all in all."""
+    lookup_timeout_s: float | None = None
+    """Of `exists`, which a request waits for; None: `request_timeout_s`."""
     connect_timeout_s: float = 1.0
     sentinel_service: str = "redismaster"
     sentinel_username: str | None = None
@@ -134,6 +136,7 @@ _FIELDS: dict[str, Callable[[object], Any]] = {
     "ttl_touch": _flag,
     "num_connections": _whole(1, MAX_CONNECTIONS),
     "request_timeout_s": _seconds,
+    "lookup_timeout_s": _seconds,
     "connect_timeout_s": _seconds,
     "sentinel_service": _text,
     "sentinel_username": _text,

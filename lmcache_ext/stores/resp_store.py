@@ -49,8 +49,9 @@ class RespStore(Store):
     Threads:  any number; each call has its own connections.
     Order:    a returned `put` is seen by everybody at once (asynchronous replicas, after a failover, excepted).
     Owner:    the keys `kv:*` and `{kv:*`; of those the ones it is asked for.
-    Failure:  each call is over within `request_timeout_s`. A refusal for want of memory is StoreFull, lost time is
-              StoreTimeout, everything else StoreUnavailable. No message holds a password.
+    Failure:  each call is over within `request_timeout_s`, `exists` within `lookup_timeout_s`. A refusal for want of
+              memory is StoreFull, lost time is StoreTimeout, everything else StoreUnavailable. No message holds a
+              password.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RespStore(Store):
     ) -> None:
         self.name = options.name
         self._timeout_s = options.request_timeout_s
+        self._lookup_timeout_s = options.lookup_timeout_s or options.request_timeout_s
         self._ttl_ms = None if options.ttl_s is None else max(1, round(options.ttl_s * 1000))
         self._touches = options.ttl_touch and options.ttl_s is not None
         self._part_bytes = options.part_bytes
@@ -68,7 +70,8 @@ class RespStore(Store):
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         """One pipelined EXISTS per key: one round trip per server, all at once."""
         commands = [(key, (b"EXISTS", redis_key(key))) for key in keys]
-        return [reply == 1 for reply in self._ask(commands, self._deadline())]
+        deadline = Deadline(self._lookup_timeout_s, self._clock)
+        return [reply == 1 for reply in self._ask(commands, deadline)]
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
         views = [bytes_of(part) for part in parts]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 
 from lmcache_ext.config import load_config
+from lmcache_ext.errors import StoreError, StoreTimeout
 from lmcache_ext.offload.spec import _guarded, _num_threads, _remote_settings
 from lmcache_ext.stores.disk import DiskStore
+from lmcache_ext.stores.registry import open_store
 
 
 def config_of(tmp_path, text):
@@ -42,3 +47,28 @@ def test_remote_store_answers_within_the_blocking_timeout_unless_told_otherwise(
     assert _remote_settings(config_of(tmp_path, text))["request_timeout_s"] == 4
     told = config_of(tmp_path, text + "extra_config: {request_timeout: 2}\n")
     assert _remote_settings(told)["request_timeout_s"] == 2
+
+
+@pytest.mark.parametrize(("text", "timeout_s"), [("", 0.3), ("lookup_timeout_ms: 100\n", 0.1)])
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:{}", "redis-cluster://127.0.0.1:{}", "lm://127.0.0.1:{}"])
+def test_lookup_ends_within_its_own_timeout(tmp_path, url, text, timeout_s):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = config_of(tmp_path, f'remote_url: "{url.format(silent.getsockname()[1])}"\n{text}')
+        store = open_store(config.live.remote_url, options=_remote_settings(config))
+        started_at = time.monotonic()
+        with pytest.raises(StoreError):
+            store.exists([bytes(17)])
+        assert timeout_s * 0.5 < time.monotonic() - started_at < timeout_s + 0.15
+        store.close()
+
+
+def test_fetch_from_a_cache_server_ends_within_the_blocking_timeout(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"lm://127.0.0.1:{silent.getsockname()[1]}"
+        config = config_of(tmp_path, f'remote_url: "{address}"\nblocking_timeout_secs: 0.1\n')
+        store = open_store(config.live.remote_url, options=_remote_settings(config))
+        started_at = time.monotonic()
+        with pytest.raises(StoreTimeout):
+            store.get_into(bytes(17), [])
+        assert time.monotonic() - started_at < 0.5
+        store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -167,6 +168,25 @@ class TestLookup:
         bench = make_bench(lookup_timeout_s=0.0)
         bench.store.gate.clear()
         assert bench.tier.lookup(key(1), context()) is LookupResult.MISS
+
+    def test_that_was_asked_later_has_its_time_from_then(self, make_bench):
+        bench = make_bench(lookup_timeout_s=0.2)
+        bench.store.gate.clear()
+        assert bench.tier.lookup(key(1), context()) is LookupResult.RETRY
+        while bench.tier.lookup(key(1), context()) is LookupResult.RETRY:
+            time.sleep(0.01)
+        assert bench.tier.lookup(key(2), context()) is LookupResult.RETRY
+        assert bench.tier.lookup(key(1), context("another")) is LookupResult.MISS
+
+    def test_forgets_when_it_asked_what_nobody_wants_any_more(self, bench):
+        bench.store.gate.clear()
+        for i in range(3):
+            bench.tier.lookup(key(i), context())
+            bench.tier.lookup(key(i), context("another"))
+        bench.tier.on_request_finished(context())
+        assert len(bench.tier._lookups._asked_at) == 3
+        bench.tier.on_request_finished(context("another"))
+        assert not bench.tier._lookups._asked_at
 
     def test_of_a_dead_store_is_a_miss_at_once(self, bench):
         bench.store.error = StoreUnavailable("gone")
