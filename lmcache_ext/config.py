@@ -30,8 +30,10 @@ __all__ = [
     "Config",
     "Controller",
     "Health",
+    "Infinistore",
     "Live",
     "Management",
+    "Mooncake",
     "Origin",
     "Peer",
     "Remote",
@@ -104,6 +106,34 @@ class Remote(_Part):
     sentinel_timeout_s: float = 1.0  # REDIS_TIMEOUT
 
 
+class Mooncake(_Part):
+    """How to reach ``mooncakestore://``; None is for the store to choose. What the URL says wins."""
+
+    config_path: str | None = None  # MOONCAKE_CONFIG_PATH: a JSON file, for what is None here
+    local_hostname: str | None = None
+    metadata_server: str | None = None
+    master_server_address: str | None = None
+    protocol: str | None = None
+    device_name: str | None = None
+    global_segment_bytes: int | None = None
+    local_buffer_bytes: int | None = None
+    transfer_timeout_s: float | None = None
+    prefer_local_alloc: bool | None = None
+    num_replicas: int | None = None
+    ssd_offload_path: str | None = None
+    enable_ssd_offload: bool | None = None
+    tenant_id: str | None = None
+    enable_client_http_server: bool | None = None
+    client_http_port: int | None = None
+
+
+class Infinistore(_Part):
+    """How to reach ``infinistore://``; the device is in the URL."""
+
+    link_type: Literal["Ethernet", "IB"] = "Ethernet"
+    ib_port: int = 1
+
+
 class Health(_Part):
     """When a failing store is left alone, and for how long."""
 
@@ -120,6 +150,9 @@ class Live(_Part):
     remote_url: str | None = None
     remote_serde: Serde = "naive"
     remote: Remote = Remote()
+    mooncake: Mooncake = Mooncake()
+    infinistore: Infinistore = Infinistore()
+    audit_actual_remote_url: str | None = None
     health: Health = Health()
     blocking_timeout_s: float = 10.0
     lookup_timeout_ms: int = 300  # LMCache: 3000

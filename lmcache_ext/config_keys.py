@@ -11,6 +11,7 @@ import difflib
 import re
 from typing import Literal, NamedTuple
 
+from lmcache_ext.config_stores import INFINISTORE, mooncake_names
 from lmcache_ext.config_urls import directories, host_and_port, remote_url
 from lmcache_ext.config_values import (
     Reader,
@@ -73,6 +74,7 @@ _HONOURED = (
     Key("local_disk_serde", one_of(*SERDES, *LEGACY_SERDES), "local_disk_serde"),
     Key("remote_url", optional(remote_url), "live.remote_url"),
     Key("remote_serde", optional(one_of(*SERDES, *LEGACY_SERDES)), "live.remote_serde"),
+    Key("audit_actual_remote_url", optional(remote_url), "live.audit_actual_remote_url"),
     Key("save_decode_cache", boolean, "live.save_decode_cache"),
     Key("save_unfull_chunk", boolean, "save_unfull_chunk"),
     Key("enable_async_loading", boolean, "enable_async_loading"),
@@ -177,7 +179,6 @@ _NOT_NEEDED = (
     *_not_needed(
         "no CXL pool: use max_local_cpu_size and local_disk", maru_path=optional(text), maru_pool_size=size_bytes
     ),
-    *_not_needed("name the real store as remote_url", audit_actual_remote_url=optional(remote_url)),
     *_not_needed(_LOOKUP, external_lookup_client=optional(text)),
     *_not_needed(_LOOKUP, lookup_server_worker_ids=optional(list_of(whole(0))), enable_scheduler_bypass_lookup=boolean),
     *_not_needed("garbage collection is left to vLLM", py_enable_gc=boolean),
@@ -328,14 +329,17 @@ _EXTRA_NOT_NEEDED = (
     *_not_needed(_CONTROLLER, kv_msg_batch_size=whole(0), kv_msg_batch_timeout=number(), heartbeat_url=optional(text)),
     *_not_needed("vLLM names its own region", shm_name=optional(text)),
 )
-EXTRA: dict[str, Key] = _table(*_EXTRA_HONOURED, *_EXTRA_NOT_NEEDED)
+_EXTRA_OF_STORES = (
+    *(Key(name, option.read, f"live.mooncake.{option.field}") for name, option in mooncake_names().items()),
+    *(Key(name, option.read, f"live.infinistore.{option.field}") for name, option in INFINISTORE.items()),
+)
+EXTRA: dict[str, Key] = _table(*_EXTRA_HONOURED, *_EXTRA_OF_STORES, *_EXTRA_NOT_NEEDED)
 # Families of options of LMCache that nothing reads here.
 EXTRA_FAMILIES = re.compile(
-    r"(local_cpu\.|histogram_bucket_|fs_connector_|s3_|aws_|azure_|hf3fs_|infinistore_|mooncake_|sagemaker_hyperpod_|nixl_"
-    r"|worker_socket_|full_sync_|audit_|dax\.|rust_raw_block\.|maru_|storage_plugin\.|remote_storage_plugin\."
+    r"(local_cpu\.|histogram_bucket_|fs_connector_|s3_|aws_|azure_|hf3fs_|sagemaker_hyperpod_|nixl_"
+    r"|worker_socket_|full_sync_|dax\.|rust_raw_block\.|maru_|storage_plugin\.|remote_storage_plugin\."
     r"|internal_api_server_|chunk_statistics_).+"
-    r"|enable_nixl_storage|disable_tls|transfer_timeout|storage_root_dir|local_hostname|metadata_server|protocol"
-    r"|device_name|master_server_address|global_segment_size|local_buffer_size|gpu_to_numa_mapping"
+    r"|enable_nixl_storage|disable_tls|gpu_to_numa_mapping"
 )
 
 

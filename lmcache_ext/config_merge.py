@@ -33,7 +33,7 @@ from lmcache_ext.config_sources import (
     shown,
     unknown,
 )
-from lmcache_ext.config_urls import directories
+from lmcache_ext.config_urls import directories, plugin_schemes
 from lmcache_ext.config_values import text
 
 Layer = dict[str, Setting]
@@ -223,6 +223,8 @@ def _extra_key(setting: Setting, result: Draft) -> Key | None:
         return EXTRA[name]
     if EXTRA_FAMILIES.fullmatch(name):
         result.note(setting, "not needed: nothing here reads this option of LMCache")
+        return None
+    if name.partition(".")[0] in plugin_schemes():
         return None
     near = nearest(name, EXTRA)
     result.note(setting, "unknown option, without effect" + (f"; did you mean {near}?" if near else ""))

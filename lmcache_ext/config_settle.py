@@ -82,10 +82,17 @@ def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:
             ("REDIS_SERVICE_NAME", "live.remote.sentinel_service"),
             ("REDIS_TIMEOUT", "live.remote.sentinel_timeout_s"),
         ]
+    if "mooncakestore" in (scheme, _audited(draft)):
+        names.append(("MOONCAKE_CONFIG_PATH", "live.mooncake.config_path"))
     for name, home in names:
         value = environ.get(name, "").strip()
         if value and home not in draft.values:
             draft.values[home] = _timeout(name, value) if name == "REDIS_TIMEOUT" else value
+
+
+def _audited(draft: Draft) -> str:
+    url = draft.values.get("live.audit_actual_remote_url")
+    return split_url(url).scheme if url else ""
 
 
 def _timeout(name: str, value: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import NamedTuple
 
 from lmcache_ext.config_values import text
@@ -51,9 +52,15 @@ SCHEMES: dict[str, Scheme] = {
     name: Scheme(name + "://...")
     for name in (
         *("azure", "hf3fs", "hfbucket", "eic", "sagemaker-hyperpod", "bigtable", "external", "plugin"),
-        *("audit", "blackhole", "mock"),
+        *("audit", "blackhole"),
     )
 }
+SCHEMES["mock"] = Scheme("mock://10/?peeking_latency=1&read_throughput=2&write_throughput=2", host=True)
+
+
+def plugin_schemes() -> frozenset[str]:
+    """Schemes of stores that other installed packages bring (entry points of group ``lmcache_ext.stores``)."""
+    return frozenset(point.name for point in entry_points(group="lmcache_ext.stores")) - SCHEMES.keys()
 
 
 class Address(NamedTuple):
@@ -80,6 +87,8 @@ def remote_url(value: object) -> str:
     url = text(value)
     address = split_url(url)
     scheme = SCHEMES.get(address.scheme)
+    if scheme is None and address.scheme in plugin_schemes():
+        return url
     if scheme is None:
         near = difflib.get_close_matches(address.scheme, SCHEMES, n=1, cutoff=0.5)
         way_out = f"did you mean {SCHEMES[near[0]].form}?" if near else f"write one of {', '.join(SCHEMES)}"

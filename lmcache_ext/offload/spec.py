@@ -21,6 +21,7 @@ from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
+from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.serde.naive import NaiveSerde
@@ -28,13 +29,11 @@ from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
-from lmcache_ext.stores.redis_options import remote_options
 from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.spec")
 
 _MAX_QUEUED_TASKS = 4096
-_LM_OPTIONS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")  # of extra_config, for lm://
 _PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
 
 
@@ -106,6 +105,8 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         stores = _open_stores(config)
         if not stores:
             return []
+        for store, _ in stores:
+            store.register(rows)
         pool = JobPool(_num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
         limits = TierLimits(
             lookup_timeout_s=config.live.lookup_timeout_ms / 1000,
@@ -124,7 +125,7 @@ def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
         disk = DiskStore(config.disk_paths, config.live.disk_capacity_bytes)
         found.append((disk, config.local_disk_serde, "local_disk_serde"))
     if config.live.remote_url is not None:
-        remote = open_store(config.live.remote_url, options=_remote_settings(config))
+        remote = open_store(config.live.remote_url, options=store_options(config.live.remote_url, config))
         found.append((remote, config.live.remote_serde, "remote_serde"))
     return [(_guarded(store, config), open_serde(serde, key)) for store, serde, key in found]
 
@@ -149,24 +150,6 @@ def _guarded(store: Store, config: Config) -> Guarded:
     }
     lookup_deadline_s = config.live.lookup_timeout_ms / 1000
     return Guarded(store, deadline_s=config.live.blocking_timeout_s, lookup_deadline_s=lookup_deadline_s, **options)
-
-
-def _remote_settings(config: Config) -> dict[str, Any]:
-    """What the stores behind `remote_url` may be told, by their own names."""
-    assert config.live.remote_url is not None
-    if config.live.remote_url.startswith(("file:", "fs:")):
-        return {"name": "remote"}  # a second directory, told from local_disk in metrics
-    options = {
-        "request_timeout_s": config.live.blocking_timeout_s,
-        "lookup_timeout_s": config.live.lookup_timeout_ms / 1000,
-    }
-    options |= remote_options(config.live.remote.model_dump(), config.live.extra_config)
-    if not options.get("tls"):
-        options.pop("tls", None)  # not said is not refused: certificates may ask for it
-    options |= {
-        name: value for name, value in config.live.extra_config.items() if name in _LM_OPTIONS or name.startswith("lm_")
-    }
-    return options
 
 
 def open_serde(name: str, key: str) -> Serde:

@@ -43,6 +43,12 @@ class Store(ABC):
     name: str
     """Short label for logs and metrics, e.g. ``disk``."""
 
+    def register(self, memory: memoryview) -> None:  # noqa: B027 - most stores have nothing to do
+        """Learn of memory that most parts of objects will lie in; before any object moves, and mapped until `close`.
+
+        A store whose transfers need to know (RDMA) tells its client. Reads and writes nothing, raises no StoreError.
+        """
+
     @abstractmethod
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         """For each key, whether an object was there a moment ago. One round trip. Advice only."""

@@ -170,6 +170,9 @@ class Guarded(Store):
         self._running: set[_Call] = set()
         self._probe: threading.Thread | None = None
 
+    def register(self, memory: memoryview) -> None:
+        self._store.register(memory)
+
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = self._read("exists", self._lookup_deadline_s, lambda: self._store.exists(keys))
         return [False] * len(keys) if found is None else found

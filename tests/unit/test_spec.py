@@ -9,7 +9,8 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import StoreError, StoreTimeout
-from lmcache_ext.offload.spec import _guarded, _num_threads, _remote_settings
+from lmcache_ext.offload.spec import _guarded, _num_threads
+from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.registry import open_store
 
@@ -44,9 +45,9 @@ def test_written_number_of_threads_is_used(tmp_path):
 
 def test_remote_store_answers_within_the_blocking_timeout_unless_told_otherwise(tmp_path):
     text = 'remote_url: "redis://h:1"\nblocking_timeout_secs: 4\n'
-    assert _remote_settings(config_of(tmp_path, text))["request_timeout_s"] == 4
+    assert store_options("redis://h:1", config_of(tmp_path, text))["request_timeout_s"] == 4
     told = config_of(tmp_path, text + "extra_config: {request_timeout: 2}\n")
-    assert _remote_settings(told)["request_timeout_s"] == 2
+    assert store_options("redis://h:1", told)["request_timeout_s"] == 2
 
 
 @pytest.mark.parametrize(("text", "timeout_s"), [("", 0.3), ("lookup_timeout_ms: 100\n", 0.1)])
@@ -54,7 +55,7 @@ def test_remote_store_answers_within_the_blocking_timeout_unless_told_otherwise(
 def test_lookup_ends_within_its_own_timeout(tmp_path, url, text, timeout_s):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = config_of(tmp_path, f'remote_url: "{url.format(silent.getsockname()[1])}"\n{text}')
-        store = open_store(config.live.remote_url, options=_remote_settings(config))
+        store = open_store(config.live.remote_url, options=store_options(config.live.remote_url, config))
         started_at = time.monotonic()
         with pytest.raises(StoreError):
             store.exists([bytes(17)])
@@ -66,7 +67,7 @@ def test_fetch_from_a_cache_server_ends_within_the_blocking_timeout(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"lm://127.0.0.1:{silent.getsockname()[1]}"
         config = config_of(tmp_path, f'remote_url: "{address}"\nblocking_timeout_secs: 0.1\n')
-        store = open_store(config.live.remote_url, options=_remote_settings(config))
+        store = open_store(config.live.remote_url, options=store_options(config.live.remote_url, config))
         started_at = time.monotonic()
         with pytest.raises(StoreTimeout):
             store.get_into(bytes(17), [])
