@@ -38,5 +38,5 @@ types: setup
 
 clean:  ## remove what was built or cached, but keep .venv
 	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f lmcache_ext/ops/_pages*.so .venv/setup.sha256
+	rm -f lmcache_ext/ops/_*.so .venv/setup.sha256
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,18 +1,27 @@
-"""Builds the compiled page copier; everything else is in pyproject.toml.
+"""Builds the compiled loops; everything else is in pyproject.toml.
 
-The library has a plain C interface and is loaded with ctypes, so it needs a C++17
-compiler (``CXX`` is respected) but no Python headers. Where there is none, the
-package installs without it and the NumPy twin runs instead.
+The libraries have plain C interfaces and are loaded with ctypes, so they need a C++17
+compiler (``CXX`` is respected) but no Python headers. Where there is none, the package
+installs without them: the NumPy twin copies pages, and serdes other than naive say that
+they are missing.
 """
 
 from setuptools import Extension, setup
 
-PAGES = Extension(
-    "lmcache_ext.ops._pages",
-    sources=["lmcache_ext/ops/csrc/pages.cpp"],
-    language="c++",
-    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"],
-    optional=True,
-)
+CSRC = "lmcache_ext/ops/csrc"
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 
-setup(ext_modules=[PAGES])
+
+def library(name: str, depends: tuple[str, ...] = ()) -> Extension:
+    """``lmcache_ext/ops/_NAME.so`` from ``csrc/NAME.cpp``; headers in `depends` make it build anew."""
+    return Extension(
+        f"lmcache_ext.ops._{name}",
+        sources=[f"{CSRC}/{name}.cpp"],
+        depends=[f"{CSRC}/{header}" for header in depends],
+        language="c++",
+        extra_compile_args=FLAGS,
+        optional=True,
+    )
+
+
+setup(ext_modules=[library("pages"), library("lossless", ("rans.h",))])

@@ -15,6 +15,7 @@ LMCacheExtError
     ├── ForeignKey           a good frame under another chunk's key (two files swapped)
     ├── UnknownSerde         a frame whose payload we cannot decode
     ├── LengthMismatch       raw length differs from the row's
+    ├── BadPayload           a payload that contradicts itself: not what our encoder writes
     └── ChecksumMismatch     a flipped bit
 
 A miss is a value (``None``, ``False``), never one of these.
@@ -85,6 +86,10 @@ class UnknownSerde(FrameError):
 
 class LengthMismatch(FrameError):
     """The raw length differs from the length of the row it should fill."""
+
+
+class BadPayload(FrameError):
+    """A serde's container that contradicts itself, or does not decode to what it says."""
 
 
 class ChecksumMismatch(FrameError):

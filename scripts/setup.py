@@ -22,7 +22,8 @@ STAMP = VENV / "setup.sha256"
 CONSTRAINTS = ROOT / "constraints.txt"
 
 # What the stamp answers for: a change in any of these installs again.
-SOURCES = ["pyproject.toml", "setup.py", "constraints.txt", "scripts/setup.py", "lmcache_ext/ops/csrc/pages.cpp"]
+SOURCES = ["pyproject.toml", "setup.py", "constraints.txt", "scripts/setup.py"]
+COMPILED = "lmcache_ext/ops/csrc/*"
 
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
@@ -79,8 +80,8 @@ def check_system() -> None:
 def fingerprint() -> str:
     """Digest of everything the environment is made from, this Python included."""
     digest = hashlib.sha256(sys.version.encode())
-    for source in SOURCES:
-        digest.update((ROOT / source).read_bytes())
+    for path in [*(ROOT / source for source in SOURCES), *sorted(ROOT.glob(COMPILED))]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -17,13 +17,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lmcache_ext.ops import pages_numpy
+from lmcache_ext.ops import native, pages_numpy
 from lmcache_ext.ops.table import Bytes, Int64s, PageTable, PageTensor
 
 __all__ = ["PageTable", "PageTensor", "backend", "gather_pages", "scatter_pages"]
@@ -62,15 +60,7 @@ def backend() -> Literal["native", "numpy"]:
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled copier; None where it was not built, does not load, or is of another ABI."""
-    paths = (Path(__file__).with_name(f"_pages{suffix}") for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # built for another machine or C library
-        return None
-    return library if library.kvx_abi() == ABI else None
+    return native.load("_pages", "kvx_abi", ABI)
 
 
 @cache

@@ -1,0 +1,326 @@
+// An entropy coder for bytes: range ANS with 32 interleaved lanes over one stream of 16-bit words.
+//
+//     symbols  s0 s1 ... s31 | s32 ... s63 | ...      symbol i belongs to lane i % 32
+//     stream   32 lane states, u32 | words, u16       lanes take words in lane order, group by group
+//
+// 32 lanes are a warp, two AVX-512 registers or four AVX2 ones, and which of them decodes does not
+// show in the bytes. A state lives in [2^16, 2^32); frequencies of a model sum to 2^12. A decoder that
+// has read every symbol must have taken every word and be back in the state every encoder starts
+// from, 2^16 in each lane: what was damaged or made up does not get there but by luck, and nothing
+// is read or written out of bounds on the way.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rans {
+
+constexpr int kLanes = 32;
+constexpr int kBits = 12;
+constexpr uint32_t kTotal = 1u << kBits;
+constexpr uint32_t kLow = 1u << 16;
+constexpr int64_t kStateBytes = kLanes * 4;
+constexpr int kMaxSymbols = 256;
+
+enum class Isa : int32_t { kBest = 0, kScalar = 1, kAvx2 = 2, kAvx512 = 3 };
+
+// Frequencies of all bytes, summing to kTotal; none is kTotal itself (such a plane is a constant).
+struct Model {
+  uint16_t frequency[kMaxSymbols];
+};
+
+// What to do with each of the 2^12 slots: frequency << 20 | slot - start << 8 | symbol.
+struct DecodeTable {
+  uint32_t slot[kTotal];
+};
+
+// How to divide by a frequency without dividing: the high half of a product with 2^64 / frequency,
+// rounded up, which is exact for states of 32 bits.
+struct EncodeEntry {
+  uint64_t reciprocal;
+  uint32_t limit;       // a state from here on sheds a word first
+  uint16_t bias;        // what a state gains besides quotient * complement
+  uint16_t complement;  // kTotal - frequency
+};
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
+#endif
+  return Isa::kScalar;
+}
+
+// ---- models
+
+// Scales counts (`total` of them, at least two symbols) to frequencies that sum to kTotal: rounded,
+// at least one each, the difference settled with the most frequent symbol of the time.
+inline void fit(const uint32_t* counts, uint32_t total, Model* model) {
+  int32_t rest = static_cast<int32_t>(kTotal);
+  for (int s = 0; s < kMaxSymbols; ++s) {
+    const uint64_t scaled = (static_cast<uint64_t>(counts[s]) * kTotal * 2 + total) / (2ull * total);
+    const uint64_t most = kTotal - 1;
+    const uint64_t bounded = scaled > most ? most : scaled;
+    model->frequency[s] = static_cast<uint16_t>(counts[s] == 0 ? 0 : (bounded == 0 ? 1 : bounded));
+    rest -= model->frequency[s];
+  }
+  while (rest != 0) {
+    int largest = 0;
+    for (int s = 1; s < kMaxSymbols; ++s) {
+      if (model->frequency[s] > model->frequency[largest]) largest = s;
+    }
+    // never below one, and never all of it: two symbols are present
+    int32_t change = rest > 0 ? rest : -1;
+    const int32_t room = static_cast<int32_t>(kTotal) - 1 - model->frequency[largest];
+    if (change > room) change = room;
+    model->frequency[largest] = static_cast<uint16_t>(model->frequency[largest] + change);
+    rest -= change;
+  }
+}
+
+// log2(kTotal / frequency) in 1/256 bits, rounded down in the logarithm: integers only, so that every
+// encoder makes the same choices.
+inline uint32_t cost_256ths(uint32_t frequency) {
+  int whole = 31 - __builtin_clz(frequency);
+  uint64_t x = (static_cast<uint64_t>(frequency) << 32) >> whole;  // [1, 2) in 32 binary places
+  uint32_t fraction = 0;
+  for (int i = 0; i < 8; ++i) {
+    x = (x >> 16) * (x >> 16);  // squared; each squaring yields the next bit of the logarithm
+    fraction <<= 1;
+    if (x >= (2ull << 32)) {
+      x >>= 1;
+      fraction |= 1;
+    }
+  }
+  return kBits * 256u - (static_cast<uint32_t>(whole) * 256u + fraction);
+}
+
+inline void fill(const Model& model, DecodeTable* table) {
+  uint32_t start = 0;
+  for (uint32_t s = 0; s < kMaxSymbols; ++s) {
+    const uint32_t frequency = model.frequency[s];
+    for (uint32_t i = 0; i < frequency; ++i) {
+      table->slot[start + i] = frequency << 20 | i << 8 | s;
+    }
+    start += frequency;
+  }
+}
+
+inline void fill(const Model& model, EncodeEntry* entries) {
+  uint32_t start = 0;
+  for (int s = 0; s < kMaxSymbols; ++s) {
+    const uint32_t frequency = model.frequency[s];
+    EncodeEntry& entry = entries[s];
+    entry.limit = frequency << 20;
+    entry.complement = static_cast<uint16_t>(kTotal - frequency);
+    // 2^64 / 1 does not fit: one less makes the quotient x - 1, which the bias puts right
+    entry.reciprocal = frequency < 2 ? ~0ull : ~0ull / frequency + 1;
+    entry.bias = static_cast<uint16_t>(frequency < 2 ? start + kTotal - 1 : start);
+    start += frequency;
+  }
+}
+
+// ---- encoding
+
+// Codes `count` symbols into the end of [begin, end); returns where the stream begins, or null where
+// there is no room. Every symbol must have a frequency in the model the entries were filled from.
+inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry* entries,
+                       uint8_t* begin, uint8_t* end) {
+  uint32_t states[kLanes];
+  for (uint32_t& state : states) state = kLow;
+  uint8_t* out = end;
+  for (int64_t group = (count + kLanes - 1) / kLanes - 1; group >= 0; --group) {
+    if (out - begin < kStateBytes + 2 * kLanes) return nullptr;
+    const uint8_t* const in = symbols + group * kLanes;
+    const int64_t left = count - group * kLanes;
+    for (int lane = static_cast<int>(left < kLanes ? left : kLanes) - 1; lane >= 0; --lane) {
+      const EncodeEntry& entry = entries[in[lane]];
+      uint32_t x = states[lane];
+      const bool full = x >= entry.limit;
+      const auto word = static_cast<uint16_t>(x);
+      std::memcpy(out - 2, &word, 2);  // written always, kept where the state was full
+      out -= full ? 2 : 0;
+      x = full ? x >> 16 : x;
+      const auto quotient = static_cast<uint32_t>(
+          static_cast<unsigned __int128>(x) * entry.reciprocal >> 64);
+      states[lane] = x + entry.bias + quotient * entry.complement;
+    }
+  }
+  if (out - begin < kStateBytes) return nullptr;
+  out -= kStateBytes;
+  std::memcpy(out, states, kStateBytes);
+  return out;
+}
+
+// ---- decoding
+
+struct Reader {
+  const uint8_t* words;
+  const uint8_t* end;
+  uint32_t states[kLanes];
+};
+
+// One group of up to 32 symbols, every word checked; false where the words run out.
+inline bool decode_group(Reader* reader, const DecodeTable& table, uint8_t* out, int64_t lanes) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const uint32_t entry = table.slot[reader->states[lane] & (kTotal - 1)];
+    uint32_t x = (entry >> 20) * (reader->states[lane] >> kBits) + (entry >> 8 & (kTotal - 1));
+    out[lane] = static_cast<uint8_t>(entry);
+    if (x < kLow) {
+      if (reader->end - reader->words < 2) return false;
+      uint16_t word;
+      std::memcpy(&word, reader->words, 2);
+      reader->words += 2;
+      x = x << 16 | word;
+    }
+    reader->states[lane] = x;
+  }
+  return true;
+}
+
+// Whole groups while 32 words are surely left; returns how many symbols were decoded.
+inline int64_t decode_scalar(Reader* reader, const DecodeTable& table, uint8_t* out,
+                             int64_t count) {
+  int64_t done = 0;
+  const uint8_t* words = reader->words;
+  uint32_t states[kLanes];
+  std::memcpy(states, reader->states, sizeof(states));
+  for (; done + kLanes <= count && reader->end - words >= 2 * kLanes; done += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t entry = table.slot[states[lane] & (kTotal - 1)];
+      const uint32_t x = (entry >> 20) * (states[lane] >> kBits) + (entry >> 8 & (kTotal - 1));
+      out[done + lane] = static_cast<uint8_t>(entry);
+      uint16_t word;
+      std::memcpy(&word, words, 2);
+      const bool low = x < kLow;
+      states[lane] = low ? x << 16 | word : x;
+      words += low ? 2 : 0;
+    }
+  }
+  std::memcpy(reader->states, states, sizeof(states));
+  reader->words = words;
+  return done;
+}
+
+#if defined(__x86_64__)
+
+// For each set of lanes that take a word: which word each of the eight takes.
+struct Permutations {
+  uint64_t of[256];
+  constexpr Permutations() : of() {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint64_t next = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) of[mask] |= next++ << (8 * lane);
+      }
+    }
+  }
+};
+inline constexpr Permutations kPermutations;
+
+__attribute__((target("avx2,popcnt"))) inline __m256i step_avx2(__m256i* x, const uint8_t** words,
+                                                        const DecodeTable& table) {
+  const __m256i low_bits = _mm256_set1_epi32(kTotal - 1);
+  const __m256i slots = _mm256_and_si256(*x, low_bits);
+  const __m256i entry =
+      _mm256_i32gather_epi32(reinterpret_cast<const int*>(table.slot), slots, 4);
+  __m256i next = _mm256_mullo_epi32(_mm256_srli_epi32(entry, 20), _mm256_srli_epi32(*x, kBits));
+  next = _mm256_add_epi32(next, _mm256_and_si256(_mm256_srli_epi32(entry, 8), low_bits));
+  const __m256i low = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), _mm256_setzero_si256());
+  const auto mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(low)));
+  const __m256i taken =
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(*words)));
+  const __m256i order = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kPermutations.of[mask])));
+  const __m256i word = _mm256_permutevar8x32_epi32(taken, order);
+  const __m256i shifted = _mm256_or_si256(_mm256_slli_epi32(next, 16), word);
+  *x = _mm256_blendv_epi8(next, shifted, low);
+  *words += 2 * __builtin_popcount(mask);
+  return _mm256_and_si256(entry, _mm256_set1_epi32(0xff));
+}
+
+__attribute__((target("avx2,popcnt"))) inline int64_t decode_avx2(Reader* reader,
+                                                          const DecodeTable& table, uint8_t* out,
+                                                          int64_t count) {
+  int64_t done = 0;
+  const uint8_t* words = reader->words;
+  __m256i x[4];
+  std::memcpy(x, reader->states, sizeof(x));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (; done + kLanes <= count && reader->end - words >= 2 * kLanes; done += kLanes) {
+    const __m256i a = step_avx2(&x[0], &words, table), b = step_avx2(&x[1], &words, table);
+    const __m256i c = step_avx2(&x[2], &words, table), d = step_avx2(&x[3], &words, table);
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + done),
+                        _mm256_permutevar8x32_epi32(bytes, order));
+  }
+  std::memcpy(reader->states, x, sizeof(x));
+  reader->words = words;
+  return done;
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,popcnt"))) inline __m128i step_avx512(
+    __m512i* x, const uint8_t** words, const DecodeTable& table) {
+  const __m512i low_bits = _mm512_set1_epi32(kTotal - 1);
+  const __m512i entry = _mm512_i32gather_epi32(_mm512_and_si512(*x, low_bits), table.slot, 4);
+  __m512i next = _mm512_mullo_epi32(_mm512_srli_epi32(entry, 20), _mm512_srli_epi32(*x, kBits));
+  next = _mm512_add_epi32(next, _mm512_and_si512(_mm512_srli_epi32(entry, 8), low_bits));
+  const __mmask16 low = _mm512_cmplt_epu32_mask(next, _mm512_set1_epi32(kLow));
+  const __m512i taken =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(*words)));
+  const __m512i word = _mm512_maskz_expand_epi32(low, taken);
+  *x = _mm512_mask_or_epi32(next, low, _mm512_slli_epi32(next, 16), word);
+  *words += 2 * __builtin_popcount(low);
+  return _mm512_cvtepi32_epi8(entry);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,popcnt"))) inline int64_t decode_avx512(
+    Reader* reader, const DecodeTable& table, uint8_t* out, int64_t count) {
+  int64_t done = 0;
+  const uint8_t* words = reader->words;
+  __m512i x[2];
+  std::memcpy(x, reader->states, sizeof(x));
+  for (; done + kLanes <= count && reader->end - words >= 2 * kLanes; done += kLanes) {
+    const __m128i a = step_avx512(&x[0], &words, table), b = step_avx512(&x[1], &words, table);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done), a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 16), b);
+  }
+  std::memcpy(reader->states, x, sizeof(x));
+  reader->words = words;
+  return done;
+}
+
+#endif  // __x86_64__
+
+// Fills out[0, count) from the stream [stream, stream + bytes); false unless it ends as it must.
+inline bool decode(const uint8_t* stream, int64_t bytes, const DecodeTable& table, uint8_t* out,
+                   int64_t count, Isa isa) {
+  if (bytes < kStateBytes) return false;
+  Reader reader{stream + kStateBytes, stream + bytes, {}};
+  std::memcpy(reader.states, stream, kStateBytes);
+  int64_t done = 0;
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) done = decode_avx512(&reader, table, out, count);
+  if (isa == Isa::kAvx2) done = decode_avx2(&reader, table, out, count);
+#endif
+  if (done == 0) done = decode_scalar(&reader, table, out, count);
+  for (; done < count; done += kLanes) {
+    const int64_t lanes = count - done < kLanes ? count - done : kLanes;
+    if (!decode_group(&reader, table, out + done, lanes)) return false;
+  }
+  for (const uint32_t state : reader.states) {
+    if (state != kLow) return false;
+  }
+  return reader.words == reader.end;
+}
+
+}  // namespace rans

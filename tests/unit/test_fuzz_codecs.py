@@ -1,0 +1,43 @@
+"""The codecs under AddressSanitizer and UBSan: no payload makes them read or write out of bounds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).resolve().parents[1] / "native"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ROUNDS = "400"  # about a second; give the program more to fuzz for longer
+
+
+def compiler() -> list[str]:
+    chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
+    if not shutil.which(chosen[0]):
+        pytest.skip("no C++ compiler")
+    return chosen
+
+
+@pytest.mark.parametrize("codec", ["lossless"])
+def test_damaged_payloads_are_refused_within_their_bounds(tmp_path, codec):
+    program = tmp_path / codec
+    command = [
+        *compiler(),
+        "-std=c++17",
+        "-O1",
+        "-g",
+        *SANITIZERS,
+        str(NATIVE / f"fuzz_{codec}.cpp"),
+        "-o",
+        str(program),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if "cannot find" in built.stderr and "asan" in built.stderr:
+        pytest.skip("this compiler comes without AddressSanitizer")
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([program, ROUNDS, "1"], capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout == "unharmed\n"
