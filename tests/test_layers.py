@@ -32,7 +32,7 @@ ARROWS = {
     "frame": {"config", "errors"},
     "wire": {"frame", "errors"},
     "ops": {"namespace", "frame", "config", "errors"},
-    "serde": {"namespace", "frame", "config", "errors"},
+    "serde": {"ops", "namespace", "frame", "config", "errors"},
     "stores": {"wire", "namespace", "frame", "config", "errors"},
     "daemons": {"stores", "wire", "namespace", "frame", "config", "errors"},
     "offload": {"stores", "serde", "ops", "wire", "namespace", "frame", "host_memory", "reload", "config", "errors"},

@@ -25,10 +25,12 @@ logger = logging.getLogger("vllm.lmcache_ext.offload.chunk_io")
 class ChunkIO:
     """Moves whole rows between host memory and one store, verified."""
 
-    def __init__(self, store: Store, serde: Serde, namespace: bytes) -> None:
+    def __init__(self, store: Store, serde: Serde, namespace: bytes, readable: Sequence[Serde] = ()) -> None:
+        """Writes with `serde`; reads what it or any of `readable` wrote, which must mean the same KV."""
         self._store = store
         self._serde = serde
         self._namespace = namespace
+        self._by_tag = {known.tag: known for known in (*readable, serde)}
         self._lock = threading.Lock()
         self._corrupt: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
@@ -110,9 +112,12 @@ class ChunkIO:
             object_length=length,
             raw_length=row.nbytes,
         )
-        if header.serde_tag != self._serde.tag:
-            raise UnknownSerde(f"read serde tag {header.serde_tag}, expected {self._serde.tag} ({self._serde.name})")
-        self._serde.decode(received, header.stored_length, row)
+        serde = self._by_tag.get(header.serde_tag)
+        if serde is None:
+            raise UnknownSerde(f"read serde tag {header.serde_tag}, known here are {sorted(self._by_tag)}")
+        if serde is not self._serde:  # received as another serde likes it, perhaps in the row itself
+            received = (memoryview(b"".join(received))[: header.stored_length],)
+        serde.decode(received, header.stored_length, row)
 
     def _discard(self, key: bytes, error: FrameError) -> None:
         cause = type(error).__name__

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from typing_extensions import override
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingMetricMetadata, OffloadingWorker
 from vllm.v1.kv_offload.config import OffloadingConfig
@@ -20,18 +19,16 @@ from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
+from lmcache_ext.offload.serdes import open_serde
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
 from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
-from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
 from lmcache_ext.stores.registry import open_store
-
-logger = init_logger("vllm.lmcache_ext.offload.spec")
 
 _MAX_QUEUED_TASKS = 4096
 _PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
@@ -102,7 +99,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         if namespace is None:
             return []
         config = load_config(connector_extra=self.extra_config)
-        stores = _open_stores(config)
+        stores = _open_stores(config, self.config.model.dtype)
         if not stores:
             return []
         for store, _ in stores:
@@ -118,16 +115,20 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         return [StoredTier(self, rows, store=store, serde=serde, **shared) for store, serde in stores]
 
 
-def _open_stores(config: Config) -> list[tuple[Guarded, Serde]]:
+def _open_stores(config: Config, kv_dtype: str) -> list[tuple[Guarded, Serde]]:
     """The far tiers, nearest first: disk, then remote."""
-    found: list[tuple[Store, str, str]] = []
+    found: list[tuple[Store, Serde]] = []
     if config.disk_paths:
-        disk = DiskStore(config.disk_paths, config.live.disk_capacity_bytes)
-        found.append((disk, config.local_disk_serde, "local_disk_serde"))
+        serde = open_serde(config.local_disk_serde, _origin(config, "local_disk_serde"), kv_dtype=kv_dtype)
+        found.append((DiskStore(config.disk_paths, config.live.disk_capacity_bytes), serde))
     if config.live.remote_url is not None:
-        remote = open_store(config.live.remote_url, options=store_options(config.live.remote_url, config))
-        found.append((remote, config.live.remote_serde, "remote_serde"))
-    return [(_guarded(store, config), open_serde(serde, key)) for store, serde, key in found]
+        serde = open_serde(config.live.remote_serde, _origin(config, "remote_serde"), kv_dtype=kv_dtype)
+        found.append((open_store(config.live.remote_url, options=store_options(config.live.remote_url, config)), serde))
+    return [(_guarded(store, config), serde) for store, serde in found]
+
+
+def _origin(config: Config, key: str) -> str:
+    return f"{config.origin(key).text}: {key}"
 
 
 def _num_threads(config: Config) -> int:
@@ -150,14 +151,3 @@ def _guarded(store: Store, config: Config) -> Guarded:
     }
     lookup_deadline_s = config.live.lookup_timeout_ms / 1000
     return Guarded(store, deadline_s=config.live.blocking_timeout_s, lookup_deadline_s=lookup_deadline_s, **options)
-
-
-def open_serde(name: str, key: str) -> Serde:
-    """The serde called `name`; `key` is the setting that names it.
-
-    Other encodings are settings of LMCache that this version does not have: KV is then stored bit for
-    bit, which is larger and never wrong.
-    """
-    if name != NaiveSerde.name:
-        logger.warning("%s: %s is not in this version; chunks are stored naive, bit for bit and larger", key, name)
-    return NaiveSerde()

@@ -43,6 +43,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from lmcache_ext.errors import StoreTimeout
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.chunk_io import ChunkIO
+from lmcache_ext.offload.serdes import readable_serdes
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Usage
 from lmcache_ext.stores.guard import READ, Guarded
@@ -101,7 +102,7 @@ class StoredTier(SecondaryTierManager):
         self.cache_hit_source = CacheHitSource.DISK if local else CacheHitSource.EXTERNAL_UNSPECIFIED
         self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = np.asarray(primary_kv_view).view(np.uint8)
         self._store = store
-        self._chunks = ChunkIO(store, serde, namespace)
+        self._chunks = ChunkIO(store, serde, namespace, readable_serdes(serde))
         self._pool = pool
         self._limits = limits
         self._lookups = _Lookups(store.name, self._chunks)

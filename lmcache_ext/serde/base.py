@@ -32,4 +32,7 @@ class Serde(ABC):
 
     @abstractmethod
     def decode(self, received: Sequence[memoryview], stored_bytes: int, row: memoryview) -> None:
-        """Fill `row` from the first `stored_bytes` of `received`, as given out by `receive`."""
+        """Fill `row` from the first `stored_bytes` of `received`.
+
+        `received` is what `receive` gave out, or the payload in one piece that is not part of `row`.
+        """
