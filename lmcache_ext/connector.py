@@ -33,9 +33,9 @@ from lmcache_ext.offload import identity, metrics, settings
 from lmcache_ext.offload.adapters import Adapters
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.hooks import Hooks
+from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.report import HitReport, start_line
-from lmcache_ext.offload.tier import ADAPTER_PARAM
 from lmcache_ext.offload.tuning import Tuning, set_log_level
 
 if TYPE_CHECKING:

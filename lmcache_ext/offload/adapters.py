@@ -1,7 +1,7 @@
 """Which LoRA adapter a request really uses.
 
 vLLM hashes an adapter's name and path. Two servers may hold different weights under the same ones,
-so outside the engine the adapter's content is part of every key (`offload.tier`).
+so outside the engine the adapter's content is part of every key (`offload.lookups`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from lmcache_ext.namespace import adapter_identity
-from lmcache_ext.offload.tier import ADAPTER_PARAM
+from lmcache_ext.offload.lookups import ADAPTER_PARAM
 
 _Stamp = tuple[tuple[str, int, int], ...]
 

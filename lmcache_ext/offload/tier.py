@@ -10,7 +10,6 @@ Failure:  a failed fetch is a miss, a failed store is a drop; both are counted, 
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -30,7 +29,6 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     ScheduleEndContext,
 )
-from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import (
     JobId,
     JobResult,
@@ -42,7 +40,9 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_ext.errors import StoreTimeout
 from lmcache_ext.offload import metrics
+from lmcache_ext.offload.backing import Backing
 from lmcache_ext.offload.chunk_io import ChunkIO
+from lmcache_ext.offload.lookups import Lookups, adapter_of, far_key
 from lmcache_ext.offload.serdes import readable_serdes
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Usage
@@ -53,9 +53,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
 
 logger = init_logger("vllm.lmcache_ext.offload.tier")
-
-ADAPTER_PARAM = "lmcache_ext.adapter"
-"""Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
 
 _CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
 _GAUGE_INTERVAL_S = 10.0
@@ -76,6 +73,7 @@ class _Job:
     """A job on its way through the pool, in tasks."""
 
     job_id: JobId
+    backing: Backing
     num_tasks: int
     begin: float
     num_keys: int
@@ -97,15 +95,15 @@ class StoredTier(SecondaryTierManager):
         limits: TierLimits,
     ) -> None:
         super().__init__(spec, primary_kv_view, store.name)
-        local = store.name == "disk"
         self.medium = Medium.STORAGE  # the framework reads it off the instance
-        self.cache_hit_source = CacheHitSource.DISK if local else CacheHitSource.EXTERNAL_UNSPECIFIED
         self._rows: np.ndarray[Any, np.dtype[np.uint8]] | None = np.asarray(primary_kv_view).view(np.uint8)
-        self._store = store
-        self._chunks = ChunkIO(store, serde, namespace, readable_serdes(serde))
+        self._namespace = namespace
         self._pool = pool
-        self._limits = limits
-        self._lookups = _Lookups(store.name, self._chunks)
+        self.limits = limits
+        self.present = True
+        """Whether there is a store; without one every lookup is a miss, and nothing may be submitted."""
+        self._retired: list[Backing] = []
+        self._backing = self._put(store, serde)
         self._loading: dict[JobId, TransferJob] = {}
         self._due: dict[OffloadKey, float] = {}
         self._abandoned: set[OffloadKey] = set()
@@ -115,20 +113,47 @@ class StoredTier(SecondaryTierManager):
         self._pending_stores = 0
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
-        self._failures: dict[str, int] = {}
         self._usage = Usage(None, None, None)
         self._gauges_due = 0.0
         self._was_up = True
+
+    # -- the store -------------------------------------------------------------------------------
+
+    def _put(self, store: Guarded, serde: Serde) -> Backing:
+        self.tier_type = store.name
+        self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
+        chunks = ChunkIO(store, serde, self._namespace, readable_serdes(serde))
+        return Backing(store, chunks, Lookups(store.name, chunks))
+
+    def replace(self, store: Guarded | None, serde: Serde | None = None) -> None:
+        """Put another store in place, or none, between two steps.
+
+        Jobs of the old one finish on it, then it is closed. What was looked up there is looked up again.
+        """
+        if self.present:
+            self._backing.retire()
+            self._retired.append(self._backing)
+        self.present = store is not None
+        if store is not None and serde is not None:
+            self._backing = self._put(store, serde)
+            self._gauges_due = 0.0
+            self._usage = Usage(None, None, None)
+
+    @property
+    def store(self) -> Guarded:
+        """The store of jobs that begin now; the last one while there is none."""
+        return self._backing.store
 
     # -- lookups ---------------------------------------------------------------------------------
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if _adapter(req_context) == "" or self._store.is_open(READ):
+        if not self.present or adapter_of(req_context) == "" or self.store.is_open(READ):
             return LookupResult.MISS
-        found = self._lookups.lookup(key, req_context)
+        lookups = self._backing.lookups
+        found = lookups.lookup(key, req_context)
         if found is None:
-            patient = self._lookups.waits_s(key) < self._limits.lookup_timeout_s
+            patient = lookups.waits_s(key) < self.limits.lookup_timeout_s
             return LookupResult.RETRY if patient else LookupResult.MISS
         self._num_queries += 1
         self._num_hits += found
@@ -150,11 +175,11 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._lookups.cleanup(req_context.req_id)
+        self._backing.lookups.cleanup(req_context.req_id)
 
     @override
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        self._lookups.flush()
+        self._backing.lookups.flush()
 
     # -- jobs ------------------------------------------------------------------------------------
 
@@ -162,7 +187,7 @@ class StoredTier(SecondaryTierManager):
     def submit_load(self, job_metadata: TransferJob) -> None:
         job = self._start(job_metadata)
         self._loading[job.job_id] = job_metadata
-        due = job.begin + self._limits.fetch_timeout_s
+        due = job.begin + self.limits.fetch_timeout_s
         self._due.update((key, due) for key in job_metadata.keys)
         self._submit(job, job_metadata, self._fetch, urgent=True)
 
@@ -171,9 +196,10 @@ class StoredTier(SecondaryTierManager):
         job = self._start(job_metadata)
         room, refused = self._room(job_metadata)
         if job.num_keys > room:
-            self._chunks.count_dropped(refused, job.num_keys - room)
+            job.backing.chunks.count_dropped(refused, job.num_keys - room)
         if room <= 0:
-            self._finished.put(JobResult(job.job_id, success=False))
+            job.num_tasks = 1
+            self._finish(job, ())
             return
         kept = min(job.num_keys, room)
         job.num_tasks = _num_tasks(kept)
@@ -200,11 +226,12 @@ class StoredTier(SecondaryTierManager):
     def shutdown(self) -> None:
         if self._rows is None:
             return
-        self._lookups.stop(self._limits.lookup_timeout_s)
-        flushed = self._pool.drain(self._limits.flush_timeout_s)
-        self._store.close()
+        self._backing.lookups.stop(self.limits.lookup_timeout_s)
+        flushed = self._pool.drain(self.limits.flush_timeout_s)
+        if self.present:
+            self.store.close()
         if not flushed:  # a thread is still inside a row: the region must stay mapped
-            raise StoreTimeout(f"{self.tier_type}: work left after {self._limits.flush_timeout_s} s of flushing")
+            raise StoreTimeout(f"{self.tier_type}: work left after {self.limits.flush_timeout_s} s of flushing")
         self._rows = None
         self._primary_kv_view = memoryview(b"")
 
@@ -214,16 +241,9 @@ class StoredTier(SecondaryTierManager):
     def get_stats(self) -> OffloadingConnectorStats | None:
         stats = OffloadingConnectorStats()
         tier = self.tier_type
-        corrupt, dropped = self._chunks.take_counts()
-        for cause, count in corrupt.items():
-            stats.increase_counter(metrics.CORRUPT_CHUNKS, count, (tier, cause))
-        for cause, count in dropped.items():
-            stats.increase_counter(metrics.DROPPED_CHUNKS, count, (tier, cause))
-        for cause, total in self._store.counters().items():
-            increase = total - self._failures.get(cause, 0)
-            if increase and not cause.endswith((".ok", ".opened", ".closed")):
-                self._failures[cause] = total
-                stats.increase_counter(metrics.STORE_FAILURES, increase, (tier, cause))
+        for backing in (self._backing, *self._retired):
+            _count(backing, stats)
+        self._retired = [backing for backing in self._retired if not backing.closed]
         if self._num_queries:
             stats.increase_counter(TieringOffloadingMetrics.CHUNK_QUERIES, self._num_queries, (tier,))
             stats.increase_counter(TieringOffloadingMetrics.CHUNK_HITS, self._num_hits, (tier,))
@@ -231,15 +251,18 @@ class StoredTier(SecondaryTierManager):
         if self._num_abandoned:
             stats.increase_counter(metrics.ABANDONED_CHUNKS, self._num_abandoned, (tier,))
             self._num_abandoned = 0
-        self._gauge(stats)
+        if self.present:
+            self._gauge(stats)
         return stats
 
     def _gauge(self, stats: OffloadingConnectorStats) -> None:
-        now, is_up = time.monotonic(), not self._store.is_open(READ)
+        now, is_up = time.monotonic(), not self.store.is_open(READ)
         if now < self._gauges_due and is_up == self._was_up:
             return
         self._gauges_due, self._was_up = now + _GAUGE_INTERVAL_S, is_up
-        self._pool.submit(self._look_at_usage)
+        self._backing.hold()
+        if not self._pool.submit(self._look_at_usage, self._backing):
+            self._backing.release()
         tier, usage = self.tier_type, self._usage
         stats.set_gauge(metrics.TIER_UP, int(is_up), (tier,))
         if usage.used_bytes is not None:
@@ -247,16 +270,19 @@ class StoredTier(SecondaryTierManager):
         if usage.capacity_bytes is not None:
             stats.set_gauge(metrics.TIER_CAPACITY_BYTES, usage.capacity_bytes, (tier,))
 
-    def _look_at_usage(self) -> None:
+    def _look_at_usage(self, backing: Backing) -> None:
         """In a pool thread: a walk over a directory, or a round trip."""
-        self._usage = self._store.usage()
+        try:
+            self._usage = backing.store.usage()
+        finally:
+            backing.release()
 
     # -- what the pool's threads run -------------------------------------------------------------
 
     def _fetch(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
-            good = self._chunks.fetch([_far_key(key, adapter) for key in keys], rows)
+            good = job.backing.chunks.fetch([far_key(key, adapter) for key in keys], rows)
             done = [key for key, is_good in zip(keys, good, strict=True) if is_good]
         finally:
             rows.clear()  # the pool may hold on to its arguments for longer than `drain` waits
@@ -265,7 +291,7 @@ class StoredTier(SecondaryTierManager):
     def _keep(self, job: _Job, keys: list[OffloadKey], rows: list[memoryview], adapter: str | None) -> None:
         done = []
         try:
-            good = self._chunks.keep([_far_key(key, adapter) for key in keys], rows)
+            good = job.backing.chunks.keep([far_key(key, adapter) for key in keys], rows)
             done = [key for key, is_good in zip(keys, good, strict=True) if is_good]
         finally:
             rows.clear()
@@ -279,6 +305,7 @@ class StoredTier(SecondaryTierManager):
             job.num_tasks -= 1
             if job.num_tasks:
                 return
+        job.backing.release()
         self._finished.put(
             JobResult(
                 job.job_id,
@@ -293,7 +320,8 @@ class StoredTier(SecondaryTierManager):
 
     def _start(self, job_metadata: TransferJob) -> _Job:
         num_keys = len(job_metadata.keys)
-        return _Job(job_metadata.job_id, _num_tasks(num_keys), time.monotonic(), num_keys)
+        self._backing.hold()
+        return _Job(job_metadata.job_id, self._backing, _num_tasks(num_keys), time.monotonic(), num_keys)
 
     def _submit(
         self,
@@ -313,7 +341,7 @@ class StoredTier(SecondaryTierManager):
         )
         keys = [key for key, _ in pairs[:num_keys]]
         rows = [memoryview(self._rows[chunk]) for _, chunk in pairs[:num_keys]]
-        adapter = _adapter(job_metadata.req_context)
+        adapter = adapter_of(job_metadata.req_context)
         for begin in range(0, max(1, len(keys)), _CHUNKS_PER_TASK):
             part = slice(begin, begin + _CHUNKS_PER_TASK)
             if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
@@ -321,7 +349,7 @@ class StoredTier(SecondaryTierManager):
 
     def _refuse(self, job: _Job, num_keys: int, urgent: bool) -> None:
         if not urgent:
-            self._chunks.count_dropped("queue_full", num_keys)
+            job.backing.chunks.count_dropped("queue_full", num_keys)
             with self._lock:
                 self._pending_stores -= num_keys
         self._finish(job, ())
@@ -331,11 +359,11 @@ class StoredTier(SecondaryTierManager):
 
         Writes whose breaker is open are queued all the same: one of them is the trial that closes it.
         """
-        if _adapter(job_metadata.req_context) == "":
+        if adapter_of(job_metadata.req_context) == "":
             return 0, "unidentified_adapter"
-        if self._store.is_open(READ):
+        if self.store.is_open(READ):
             return 0, "circuit_open"
-        return self._limits.max_pending_stores - self._pending_stores, "backlog"
+        return self.limits.max_pending_stores - self._pending_stores, "backlog"
 
     def _forget_load(self, result: JobResult) -> None:
         job = self._loading.pop(result.job_id, None)
@@ -344,62 +372,20 @@ class StoredTier(SecondaryTierManager):
         for key in job.keys:
             self._due.pop(key, None)
             self._abandoned.discard(key)
-        self._lookups.mark_miss(set(job.keys) - set(result.successful_keys or ()))
+        self._backing.lookups.mark_miss(set(job.keys) - set(result.successful_keys or ()))
 
 
-class _Lookups(AsyncLookupManager):
-    """vLLM's background existence checks, asked of our store; they know for how long each key waits."""
-
-    def __init__(self, name: str, chunks: ChunkIO) -> None:
-        self._chunks = chunks
-        self._asked_at: dict[OffloadKey, float] = {}
-        super().__init__(name)
-
-    def waits_s(self, key: OffloadKey) -> float:
-        """For how long the unanswered key is asked for: seconds since the first call of this."""
-        now = time.monotonic()
-        return now - self._asked_at.setdefault(key, now)
-
-    @override
-    def lookup(self, key: OffloadKey, req_context: ReqContext) -> bool | None:
-        found: bool | None = super().lookup(key, req_context)
-        if found is not None:
-            self._asked_at.pop(key, None)
-        return found
-
-    @override
-    def cleanup(self, req_id: str) -> None:
-        keys = self._req_keys.get(req_id, ())
-        super().cleanup(req_id)
-        for key in keys:
-            state = self._lookup_state.get(key)
-            if state is None or not state.request_ids:
-                self._asked_at.pop(key, None)
-
-    def stop(self, timeout_s: float) -> None:
-        """`shutdown` that does not wait for a file system that has gone away; the thread is a daemon."""
-        self._lookup_queue.put(None)
-        self._thread.join(timeout_s)
-
-    @override
-    def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
-        adapter = _adapter(req_context)
-        return self._chunks.present([_far_key(key, adapter) for key in keys])
+def _count(backing: Backing, stats: OffloadingConnectorStats) -> None:
+    """Add what a store did since the last call."""
+    tier = backing.store.name
+    corrupt, dropped = backing.chunks.take_counts()
+    for cause, count in corrupt.items():
+        stats.increase_counter(metrics.CORRUPT_CHUNKS, count, (tier, cause))
+    for cause, count in dropped.items():
+        stats.increase_counter(metrics.DROPPED_CHUNKS, count, (tier, cause))
+    for cause, count in backing.take_failures().items():
+        stats.increase_counter(metrics.STORE_FAILURES, count, (tier, cause))
 
 
 def _num_tasks(num_keys: int) -> int:
     return max(1, -(-num_keys // _CHUNKS_PER_TASK))
-
-
-def _adapter(req_context: ReqContext) -> str | None:
-    """Hex identity of the request's LoRA adapter; None without one; "" where it has none we trust."""
-    params = req_context.kv_transfer_params
-    return params.get(ADAPTER_PARAM) if params else None
-
-
-def _far_key(key: OffloadKey, adapter: str | None) -> bytes:
-    """The key outside this engine: vLLM hashes an adapter's name, we add what is in it."""
-    plain = bytes(key)
-    if adapter is None:
-        return plain
-    return hashlib.blake2b(plain[:-4] + bytes.fromhex(adapter), digest_size=32).digest() + plain[-4:]

@@ -27,8 +27,8 @@ from vllm.v1.request import Request, RequestStatus
 from lmcache_ext import connector as connector_module
 from lmcache_ext.connector import LMCacheConnectorV1, LMCacheWorkerMetadata
 from lmcache_ext.offload import metrics
+from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.rows import rows_path
-from lmcache_ext.offload.tier import ADAPTER_PARAM
 from lmcache_ext.plugin import LOAD_FAILURE_POLICY
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
@@ -122,8 +122,8 @@ class Engine:
             self.step()
             tier = self.scheduler.scheduler.manager.secondary_tiers[0]
             assert tier._pool.drain(WAIT_S)
-            if any(state.phase.name == "IN_FLIGHT" for state in tier._lookups._lookup_state.values()):
-                answers = tier._lookups._pending_results
+            if any(state.phase.name == "IN_FLIGHT" for state in tier._backing.lookups._lookup_state.values()):
+                answers = tier._backing.lookups._pending_results
                 answers.put(answers.get(timeout=WAIT_S))
         raise AssertionError("never answered")
 

@@ -9,7 +9,7 @@ from vllm.lora.request import LoRARequest
 
 from lmcache_ext.offload import adapters as adapters_module
 from lmcache_ext.offload.adapters import Adapters
-from lmcache_ext.offload.tier import ADAPTER_PARAM
+from lmcache_ext.offload.lookups import ADAPTER_PARAM
 
 
 @pytest.fixture

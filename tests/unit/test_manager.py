@@ -30,7 +30,7 @@ class Machine:
         self.primary = CPUPrimaryTierOffloadingManager(NUM_ROWS, self.region)
         self.bench = Bench(path)
         if limits:
-            self.bench.tier._limits = replace(self.bench.tier._limits, **limits)
+            self.bench.tier.limits = replace(self.bench.tier.limits, **limits)
         self.bench.tier._rows = np.asarray(self.primary.get_kv_memoryview()).view(np.uint8)
         self.manager = BoundedTieringManager(self.primary, [self.bench.tier])
         self._contexts: dict[str, ReqContext] = {}
@@ -66,7 +66,7 @@ class Machine:
         result = self.manager.lookup(wanted, req)
         if result is LookupResult.RETRY:
             self.manager.on_schedule_end(STEP)
-            answers = self.bench.tier._lookups._pending_results
+            answers = self.bench.tier._backing.lookups._pending_results
             answers.put(answers.get(timeout=10.0))
             result = self.manager.lookup(wanted, req)
         return result

@@ -13,7 +13,8 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from lmcache_ext.errors import StoreFull, StoreTimeout, StoreUnavailable
 from lmcache_ext.offload import metrics
-from lmcache_ext.offload.tier import ADAPTER_PARAM, StoredTier, TierLimits
+from lmcache_ext.offload.lookups import ADAPTER_PARAM
+from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import READ, WRITE, Guarded
@@ -108,7 +109,7 @@ class Bench:
     def settle_lookups(self):
         """End the step, and wait for the lookup thread's answer to it."""
         self.tier.on_schedule_end(STEP)
-        answers = self.tier._lookups._pending_results
+        answers = self.tier._backing.lookups._pending_results
         answers.put(answers.get(timeout=WAIT_S))
 
     def look(self, wanted, req=None):
@@ -184,9 +185,9 @@ class TestLookup:
             bench.tier.lookup(key(i), context())
             bench.tier.lookup(key(i), context("another"))
         bench.tier.on_request_finished(context())
-        assert len(bench.tier._lookups._asked_at) == 3
+        assert len(bench.tier._backing.lookups._asked_at) == 3
         bench.tier.on_request_finished(context("another"))
-        assert not bench.tier._lookups._asked_at
+        assert not bench.tier._backing.lookups._asked_at
 
     def test_of_a_dead_store_is_a_miss_at_once(self, bench):
         bench.store.error = StoreUnavailable("gone")

@@ -1,0 +1,70 @@
+"""Whether a far store has a chunk: asked in the background, under the key that all engines share."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+
+from typing_extensions import override
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
+
+from lmcache_ext.offload.chunk_io import ChunkIO
+
+ADAPTER_PARAM = "lmcache_ext.adapter"
+"""Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
+
+
+class Lookups(AsyncLookupManager):
+    """vLLM's background existence checks, asked of our store; they know for how long each key waits."""
+
+    def __init__(self, name: str, chunks: ChunkIO) -> None:
+        self._chunks = chunks
+        self._asked_at: dict[OffloadKey, float] = {}
+        super().__init__(name)
+
+    def waits_s(self, key: OffloadKey) -> float:
+        """For how long the unanswered key is asked for: seconds since the first call of this."""
+        now = time.monotonic()
+        return now - self._asked_at.setdefault(key, now)
+
+    @override
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> bool | None:
+        found: bool | None = super().lookup(key, req_context)
+        if found is not None:
+            self._asked_at.pop(key, None)
+        return found
+
+    @override
+    def cleanup(self, req_id: str) -> None:
+        keys = self._req_keys.get(req_id, ())
+        super().cleanup(req_id)
+        for key in keys:
+            state = self._lookup_state.get(key)
+            if state is None or not state.request_ids:
+                self._asked_at.pop(key, None)
+
+    def stop(self, timeout_s: float | None) -> None:
+        """`shutdown` that does not wait for a file system that has gone away; the thread is a daemon."""
+        self._lookup_queue.put(None)
+        self._thread.join(timeout_s)
+
+    @override
+    def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
+        adapter = adapter_of(req_context)
+        return self._chunks.present([far_key(key, adapter) for key in keys])
+
+
+def adapter_of(req_context: ReqContext) -> str | None:
+    """Hex identity of the request's LoRA adapter; None without one; "" where it has none we trust."""
+    params = req_context.kv_transfer_params
+    return params.get(ADAPTER_PARAM) if params else None
+
+
+def far_key(key: OffloadKey, adapter: str | None) -> bytes:
+    """The key outside this engine: vLLM hashes an adapter's name, we add what is in it."""
+    plain = bytes(key)
+    if adapter is None:
+        return plain
+    return hashlib.blake2b(plain[:-4] + bytes.fromhex(adapter), digest_size=32).digest() + plain[-4:]
