@@ -334,6 +334,11 @@ _EXTRA_OF_STORES = (
     *(Key(name, option.read, f"live.infinistore.{option.field}") for name, option in INFINISTORE.items()),
 )
 EXTRA: dict[str, Key] = _table(*_EXTRA_HONOURED, *_EXTRA_OF_STORES, *_EXTRA_NOT_NEEDED)
+# Of Redis, Valkey and lm://, which read them by these names (stores/redis_options.py, stores/lmserver.py).
+EXTRA_OF_STORES = re.compile(
+    r"lm_.+|token|token_file|tls|tls_(ca|cert|key)|ssl_.+|name|mode|database|ttl_(s|touch)|num_connections|part_bytes"
+    r"|sentinel_(service|username|password)|(request|connect|lookup|sentinel)_timeout_s"
+)
 # Families of options of LMCache that nothing reads here.
 EXTRA_FAMILIES = re.compile(
     r"(local_cpu\.|histogram_bucket_|fs_connector_|s3_|aws_|azure_|hf3fs_|sagemaker_hyperpod_|nixl_"

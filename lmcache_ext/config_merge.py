@@ -15,6 +15,7 @@ from lmcache_ext.config_keys import (
     CONNECTOR_NOT_NEEDED,
     EXTRA,
     EXTRA_FAMILIES,
+    EXTRA_OF_STORES,
     KEYS,
     OTHER_VARIABLES,
     RENAMED,
@@ -221,6 +222,8 @@ def _extra_key(setting: Setting, result: Draft) -> Key | None:
     name = setting.key.removeprefix(_EXTRA)
     if name in EXTRA:
         return EXTRA[name]
+    if EXTRA_OF_STORES.fullmatch(name):
+        return None
     if EXTRA_FAMILIES.fullmatch(name):
         result.note(setting, "not needed: nothing here reads this option of LMCache")
         return None

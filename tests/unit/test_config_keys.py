@@ -9,6 +9,7 @@ from lmcache_ext.config import Config, load_config
 from lmcache_ext.config_keys import KEYS, RENAMED, nearest
 from lmcache_ext.config_urls import SCHEMES
 from lmcache_ext.config_values import GIB
+from lmcache_ext.stores import lmserver, redis_options
 
 # (key, value as YAML or JSON people write it, the value we must arrive at); lists also come as "1, 2" in variables.
 HONOURED = [
@@ -308,3 +309,10 @@ def test_options_without_effect_are_noted(tmp_path):
     assert ":2: extra_config.save_chunk_meta: not needed: an object carries its own frame" in first
     assert ":3: extra_config.nixl_path: not needed" in second
     assert ":4: extra_config.valkey_pasword: unknown option, without effect; did you mean valkey_password?" in third
+
+
+def test_options_that_the_stores_read_are_not_called_without_effect(tmp_path):
+    names = (*redis_options._FIELDS, *lmserver._TEXTS, "lm_num_connections")
+    written = dict.fromkeys(names, 1) | {"mode": "cluster", "tls": True, "username": "u", "password": "p"}
+    notes = from_file(tmp_path, yaml.safe_dump({"extra_config": written})).notes
+    assert [note for note in notes if "without effect" in note] == []
