@@ -259,16 +259,18 @@ def in_words(key: str, value: object) -> str:
 def load_config(
     *,
     path: str | None = None,
+    content: str | None = None,
     environ: Mapping[str, str] | None = None,
     connector_extra: Mapping[str, Any] | None = None,
 ) -> Config:
     """Read every source; see the module's docstring for which wins.
 
-    ``path`` None means the file that ``LMCACHE_CONFIG_FILE`` names, or none. Raises ``ConfigError``.
+    ``path`` None means the file that ``LMCACHE_CONFIG_FILE`` names, or none. ``content`` is read in place of the
+    file (a ConfigMap that is not mounted yet), and ``path`` is then only its name. Raises ``ConfigError``.
     """
     environ = os.environ if environ is None else environ
     path = path or environ.get("LMCACHE_CONFIG_FILE") or None
-    draft = read_sources(path, environ, connector_extra or {})
+    draft = read_sources(path, content, environ, connector_extra or {})
     settle(draft, environ)
     return Config(
         **_nested({**draft.values, "live.extra_config": draft.extra}),

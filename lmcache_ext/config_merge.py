@@ -75,12 +75,14 @@ def _few(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_KEYS_SHOWN]) + more
 
 
-def read_sources(path: str | None, environ: Mapping[str, str], connector_extra: Mapping[str, object]) -> Draft:
+def read_sources(
+    path: str | None, content: str | None, environ: Mapping[str, str], connector_extra: Mapping[str, object]
+) -> Draft:
     """Read and merge all sources; ``ConfigError`` at the first setting that cannot be honoured."""
     result = Draft()
     layers = [
         _layer(_environment(environ, result), result),
-        _layer(_known(read_file(path)) if path else [], result),
+        _layer(_known(read_file(path, content)) if path else [], result),
         _layer(_known(_connector(connector_extra, result)), result),
     ]
     for layer in layers:

@@ -81,9 +81,9 @@ def flattened(settings: list[Setting]) -> Iterator[Setting]:
 # --- the file ---------------------------------------------------------------------------
 
 
-def read_file(path: str) -> list[Setting]:
+def read_file(path: str, content: str | None = None) -> list[Setting]:
     """Every key of the LMCache file with its line; ``ConfigError`` for a file that is not one."""
-    content = _read_text(path)
+    content = _read_text(path) if content is None else content
     path = _printable(path)
     try:
         return list(_settings_within(_Loader(content), path))

@@ -2,6 +2,7 @@
 
 LMCacheExtError
 ├── ConfigError              a setting that cannot be honoured; stops the start
+├── ManifestError            a manifest that cannot be read, converted or applied
 ├── StoreError               a store operation failed; judged by stores.guard alone
 │   ├── StoreTimeout         the deadline passed
 │   ├── StoreUnavailable     refused, vanished, read-only, I/O error
@@ -34,6 +35,10 @@ class ConfigError(LMCacheExtError):
     The message is one line that names the key, its value, where it came from
     (file and line, or variable) and the way out.
     """
+
+
+class ManifestError(LMCacheExtError):
+    """A manifest that cannot be read, converted or applied; the message is one line with the place and the way out."""
 
 
 class StoreError(LMCacheExtError):
