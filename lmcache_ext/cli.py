@@ -12,6 +12,7 @@ from lmcache_ext.config import load_config
 from lmcache_ext.config_keys import KEYS, RENAMED
 from lmcache_ext.daemons import lmserver
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.manifests import verbs as manifest_verbs
 
 OK = 0
 REFUSED = 2
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("files", nargs="+", metavar="FILE")
     verb.add_argument("--no-environment", action="store_true", help="leave out the LMCACHE_* variables")
     verb.set_defaults(run=check_config)
+
+    manifest_verbs.add_to(verbs)
 
     verb = verbs.add_parser("keys", help="list every setting and what it does here")
     verb.set_defaults(run=keys)

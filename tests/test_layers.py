@@ -38,7 +38,8 @@ ARROWS = {
     "offload": {"stores", "serde", "ops", "wire", "namespace", "frame", "host_memory", "reload", "config", "errors"},
     "connector": {"offload", "namespace", "frame", "config", "errors"},
     "plugin": {"offload", "config", "errors"},
-    "cli": {"daemons", "stores", "wire", "namespace", "frame", "host_memory", "config", "errors"},
+    "manifests": {"config", "errors"},
+    "cli": {"manifests", "daemons", "stores", "wire", "namespace", "frame", "host_memory", "config", "errors"},
 }
 RUNTIME_MAY_IMPORT = {"config", "host_memory", "reload", "plugin", "errors"}
 
@@ -52,8 +53,9 @@ ONLY_IN = {
     "asyncio": {"daemons", "runtime"},
     "redis": {"stores"},
     "valkey": {"stores"},
+    "kubernetes": {"manifests"},
 }
-WITHOUT_TORCH = ("config", "errors", "namespace", "frame", "wire", "stores", "daemons")
+WITHOUT_TORCH = ("config", "errors", "namespace", "frame", "wire", "stores", "daemons", "manifests")
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
