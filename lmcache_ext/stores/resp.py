@@ -92,11 +92,17 @@ class Decoder:
         """How many bytes were fed and not used yet."""
         return len(self._buffer)
 
-    def take(self, size: int) -> bytes:
-        """Up to `size` raw bytes: the beginning of a payload whose length was just read."""
-        taken = bytes(self._buffer[:size])
+    def peek(self, size: int) -> bytes:
+        """Up to `size` raw bytes, which stay."""
+        return bytes(self._buffer[:size])
+
+    def take_into(self, view: memoryview) -> int:
+        """Move raw bytes to `view`, the beginning of a payload whose length was just read; how many."""
+        size = min(len(self._buffer), len(view))
+        with memoryview(self._buffer) as fed:
+            view[:size] = fed[:size]
         del self._buffer[:size]
-        return taken
+        return size
 
     def reply(self) -> Reply | Incomplete:
         """One whole reply."""
@@ -110,7 +116,7 @@ class Decoder:
         return value
 
     def bulk_length(self) -> int | ErrorReply | Incomplete | None:
-        """The length before a payload, which is left to `take` (and the socket); None where there is none."""
+        """The length before a payload, which is left to `take_into` (and the socket); None where there is none."""
         line = self._line(0)
         if isinstance(line, Incomplete):
             return line

@@ -38,13 +38,6 @@ class Turns:
             self._waiting.remove(turn)
         return False
 
-    def acquire_now(self) -> bool:
-        """Never waits; whether it was granted."""
-        with self._lock:
-            granted = self._num_free > 0
-            self._num_free -= granted
-        return granted
-
     def release(self) -> None:
         """Hand on to the first who waits."""
         with self._lock:
@@ -81,23 +74,6 @@ class Pool:
             raise StoreTimeout(f"{self.label}: {message}")
         try:
             with self._lent(self._open(deadline)) as wire:
-                yield wire
-        finally:
-            self._free.release()
-
-    @contextmanager
-    def spare(self, deadline: Deadline) -> Iterator[Wire | None]:
-        """One more connection where one can be had now, else None: never waits, so holding two cannot lock up."""
-        if not self._free.acquire_now():
-            yield None
-            return
-        try:
-            try:
-                wire = self._open(deadline)
-            except StoreError:  # too many clients, say: one connection will do
-                yield None
-                return
-            with self._lent(wire):
                 yield wire
         finally:
             self._free.release()

@@ -11,20 +11,30 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from lmcache_ext.errors import StoreTimeout, StoreUnavailable
-from lmcache_ext.stores.resp import Decoder, ErrorReply, Incomplete, Reply, check_end
+from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
 
 IOV_MAX = 1024
 """Linux UIO_MAXIOV: more buffers in one call are EMSGSIZE."""
 
-RECEIVE_BYTES = 16 * 1024
+RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
 
 MAX_DRAIN_BYTES = 1024**2
 """Of a payload that nobody wants: beyond it a new connection is cheaper."""
+
+AHEAD_BYTES = 4 * 1024**2
+"""Asked for and not received yet, or sent and not answered: enough that neither side waits for the other."""
+
+MAX_AHEAD = 128
+"""Values asked for ahead, however small; the server keeps the answers in its memory."""
+
+JOINED_BYTES = 64 * 1024
+"""So many bytes of small commands travel in one system call."""
 
 _AGAIN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS})
 
@@ -66,11 +76,17 @@ class Wire:
         self._scratch = memoryview(bytearray(RECEIVE_BYTES))
         self._num_expected = 0
         self._in_doubt = False
+        self._is_stuck = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next reply can be read: neither failed, nor stuck before a payload that nobody wants."""
+        return not (self._in_doubt or self._is_stuck)
 
     @property
     def is_clean(self) -> bool:
         """Whether every reply was read, to its end, and nothing else came."""
-        return not (self._in_doubt or self._num_expected or len(self._decoder))
+        return self.goes_on and not self._num_expected and not len(self._decoder)
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used: the other side neither closed it nor sent anything."""
@@ -101,6 +117,21 @@ class Wire:
         self._num_expected -= 1
         return reply
 
+    def ask_all(self, commands: Iterable[Sequence[Argument]], deadline: Deadline) -> list[Reply]:
+        """The replies, in order. Commands are sent ahead while at most AHEAD_BYTES of them are not answered."""
+        replies: list[Reply] = []
+        under_way: deque[tuple[int, int]] = deque()
+        ahead_bytes = 0
+        for buffers, num_commands, num_bytes in _joined(commands):
+            self.send(buffers, num_commands, deadline)
+            under_way.append((num_commands, num_bytes))
+            ahead_bytes += num_bytes
+            while ahead_bytes > AHEAD_BYTES:
+                num_commands, num_bytes = under_way.popleft()
+                replies += [self.reply(deadline) for _ in range(num_commands)]
+                ahead_bytes -= num_bytes
+        return replies + [self.reply(deadline) for num_commands, _ in under_way for _ in range(num_commands)]
+
     def length(self, deadline: Deadline) -> int | ErrorReply | None:
         """The length of the payload that comes next, to be read by `payload`; None or an error where none comes."""
         with self._errors(deadline):
@@ -111,16 +142,24 @@ class Wire:
             self._num_expected -= 1
         return length
 
+    def peek(self, size: int, deadline: Deadline) -> bytes:
+        """The first `size` bytes of the payload that comes next, which is left to `payload`."""
+        with self._errors(deadline):
+            self._prepare(deadline)
+            while len(self._decoder) < size:
+                self._feed(deadline)
+        return self._decoder.peek(size)
+
     def payload(self, length: int, views: Sequence[memoryview], deadline: Deadline) -> None:
-        """Scatter a payload of `length` bytes; what does not fit is drained, or the connection left in doubt."""
+        """Scatter a payload of `length` bytes; what does not fit is drained, or the connection gets stuck before it."""
         views = cut(views, 0, length)
         excess = length - sum(view.nbytes for view in views)
+        self._is_stuck = excess > MAX_DRAIN_BYTES
+        rest = memoryview(bytearray(0 if self._is_stuck else excess + 2))
         with self._errors(deadline):
-            self._fill(views, deadline)
-            if excess > MAX_DRAIN_BYTES:
-                return  # a reply is still expected, so this connection is not used again
-            rest = memoryview(bytearray(excess + 2))
-            self._fill([rest], deadline)
+            self._fill([*views, rest], deadline)
+            if self._is_stuck:
+                return
             check_end(bytes(rest[excess:]))
         self._num_expected -= 1
 
@@ -134,9 +173,7 @@ class Wire:
         """First what was received already, then from the socket."""
         left = [view for view in views if view.nbytes]
         while left and len(self._decoder):
-            data = self._decoder.take(left[0].nbytes)
-            left[0][: len(data)] = data
-            left = after(left, len(data))
+            left = after(left, self._decoder.take_into(left[0]))
         if left:
             self._prepare(deadline)
         while left:
@@ -210,6 +247,22 @@ class TlsWire(Wire):
 def wire_on(sock: socket.socket, owner: object, label: str) -> Wire:
     """The wire for this kind of socket."""
     return TlsWire(sock, owner, label) if isinstance(sock, ssl.SSLSocket) else Wire(sock, owner, label)
+
+
+def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes | memoryview], int, int]]:
+    """Buffers to send at once, how many commands they are, and how many bytes."""
+    buffers: list[bytes | memoryview] = []
+    num_commands = num_bytes = 0
+    for command in commands:
+        encoded = encode(command)
+        buffers += encoded
+        num_commands += 1
+        num_bytes += sum(memoryview(buffer).nbytes for buffer in encoded)
+        if num_bytes >= JOINED_BYTES:
+            yield buffers, num_commands, num_bytes
+            buffers, num_commands, num_bytes = [], 0, 0
+    if buffers:
+        yield buffers, num_commands, num_bytes
 
 
 def bytes_of(buffer: bytes | memoryview) -> memoryview:

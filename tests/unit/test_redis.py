@@ -10,7 +10,7 @@ import redis
 
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.registry import open_store
-from lmcache_ext.stores.resp_parts import new_manifest, parse_manifest, redis_key
+from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, new_manifest, parse_manifest, redis_key
 from tests import servers
 from tests.contracts.store_contract import StoreContract, get, key_of, views
 
@@ -34,7 +34,7 @@ class RedisBypass:
         if manifest is None:
             return data
         parts = [self.raw.get(name) for name in manifest.part_keys(key)]
-        return b"".join(part for part in parts if part is not None)
+        return data[MANIFEST_BYTES:] + b"".join(part for part in parts if part is not None)
 
 
 def emptied(client: redis.Redis) -> redis.Redis:
@@ -133,7 +133,7 @@ class TestRedisCluster(RedisBypass, StoreContract):
 
     def test_all_parts_of_an_object_are_on_one_node(self, store: Store, nodes: list[servers.Server]) -> None:
         store.put(key_of("large"), views(os.urandom(9 * MIB)))
-        assert sorted(int(redis.Redis(port=node.port).dbsize()) for node in nodes) == [0, 0, 6]
+        assert sorted(int(redis.Redis(port=node.port).dbsize()) for node in nodes) == [0, 0, 9]
 
 
 def test_an_object_in_parts_and_back_in_one_piece(redis_server: servers.Server, client: redis.Redis) -> None:
@@ -143,8 +143,8 @@ def test_an_object_in_parts_and_back_in_one_piece(redis_server: servers.Server, 
         store.put(key_of("a"), views(data))
         assert get(store, key_of("a"), size) == data
     lives_s = sorted(client.ttl(name) for name in client.scan_iter())
-    assert lives_s[:11] == [-1] * 11, "the manifest and ten parts stay"
-    assert all(0 < life_s <= 15 for life_s in lives_s[11:]), "what they replaced does not"
+    assert lives_s[:10] == [-1] * 10, "the manifest with one part and nine others stay"
+    assert all(0 < life_s <= 15 for life_s in lives_s[10:]), "what they replaced does not"
     store.delete([key_of("a")])
     assert store.exists([key_of("a")]) == [False]
     assert all(client.ttl(name) > 0 for name in client.scan_iter()), "an old generation that does not expire"
@@ -153,7 +153,8 @@ def test_an_object_in_parts_and_back_in_one_piece(redis_server: servers.Server, 
 
 def test_an_object_that_looks_like_a_manifest_is_an_object(redis_server: servers.Server, client: redis.Redis) -> None:
     store = open_store(f"redis://{redis_server.address}")
-    forged = new_manifest(10**9).encode(key_of("a"))
-    store.put(key_of("a"), views(forged))
-    assert get(store, key_of("a"), 48) == forged
+    for rest in (b"", b"and more", b"x" * 3 * MIB):
+        forged = new_manifest(10**9).encode(key_of("a")) + rest
+        store.put(key_of("a"), views(forged[:10], forged[10:]))
+        assert get(store, key_of("a"), len(forged)) == forged
     store.close()

@@ -1,0 +1,277 @@
+"""Many objects over one connection: requests are sent ahead, payloads land in and leave from the caller's memory.
+
+    reading   GET a, GET b, GET c ─►           as many as AHEAD_BYTES not received yet allow
+              ◄─ a, the beginning of b with its manifest
+              GET b's second part, ... ─►      before its first is received
+              ◄─ c, the parts of b
+
+    writing   the parts of all objects ─►      each to expire, should this writer die
+              each key, and that its parts may stay ─►
+
+One connection that is never idle is as fast as several, for Redis has one thread. 1 MiB values of Redis 7.0 over
+loopback on two cores, with 1, 2, 4 and 8 requests ahead: 2.0, 2.5, 2.7, 2.7 GB/s; with 2 and 4 connections 2.4, 2.3.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lmcache_ext.errors import StoreError, StoreFull
+from lmcache_ext.stores.resp import Argument, ErrorReply, Reply, encode
+from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, Manifest, parse_manifest, redis_key
+from lmcache_ext.stores.resp_topology import error_of
+from lmcache_ext.stores.resp_wire import AHEAD_BYTES, MAX_AHEAD, Deadline, Wire, cut
+
+Command = Sequence[Argument]
+
+ORPHAN_S = 600
+"""A part that is not published yet lives so long; more than any write takes."""
+
+GRACE_S = 15
+"""A part of an overwritten object lives so long; more than any read takes."""
+
+NOT_THERE = frozenset({"ASK", "WRONGTYPE"})
+"""Errors that are a miss for who looks: the key is moving to another node, or it is a foreign list or hash."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """An object on its way to `views`; `outcome` is its length, None for a miss, or why it failed."""
+
+    key: bytes
+    views: Sequence[memoryview]
+    outcome: int | StoreError | None = None
+    is_done: bool = False
+    manifest: Manifest | None = None
+    num_left: int = 1
+    is_torn: bool = False
+    """A part of it is not there: what is left of it is to be removed."""
+
+    def end(self, outcome: int | StoreError | None) -> None:
+        self.outcome, self.is_done = outcome, True
+
+    def begin_again(self) -> None:
+        self.outcome, self.is_done, self.manifest, self.is_torn, self.num_left = None, False, None, False, 1
+
+
+@dataclass(slots=True)
+class Writing:
+    """An object on its way from `views`; `outcome` is None, or why it failed."""
+
+    key: bytes
+    views: Sequence[memoryview]
+    manifest: Manifest | None
+    outcome: StoreError | None = None
+    is_done: bool = False
+
+    def end(self, outcome: StoreError | None) -> None:
+        self.outcome, self.is_done = outcome, True
+
+    def begin_again(self) -> None:
+        self.outcome, self.is_done = None, False
+
+    def value(self) -> list[memoryview]:
+        """What is stored under its own key."""
+        if self.manifest is None:
+            return list(self.views)
+        return [memoryview(self.manifest.encode(self.key)), *self.part(0)]
+
+    def part(self, index: int) -> list[memoryview]:
+        assert self.manifest is not None
+        return cut(self.views, index * self.manifest.part_bytes, self.manifest.length_of(index))
+
+    def part_keys(self) -> list[bytes]:
+        return self.manifest.part_keys(self.key) if self.manifest is not None else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A value to ask for: the one under an object's own key, or part `index` of it."""
+
+    reading: Reading
+    index: int
+    name: bytes
+    num_bytes: int
+    """At most, as far as is known."""
+
+
+@dataclass(slots=True)
+class Reader:
+    """Reads objects over one connection, in one thread.
+
+    `ask` makes the command that reads a value. Objects are ended one by one, so that those read before the connection
+    failed stand; the failure itself is raised.
+    """
+
+    wire: Wire
+    ask: Callable[[bytes], Command]
+    part_bytes: int
+    deadline: Deadline
+    _todo: deque[_Piece] = field(default_factory=deque)
+    _asked: deque[_Piece] = field(default_factory=deque)
+    _asked_bytes: int = 0
+
+    def read(self, readings: Sequence[Reading]) -> None:
+        """End all readings, but for those behind a foreign value too long to be worth draining."""
+        for reading in readings:
+            room = sum(view.nbytes for view in reading.views)
+            self._todo.append(_Piece(reading, 0, redis_key(reading.key), min(room, self.part_bytes)))
+        while self._todo or self._asked:
+            self._ask_ahead()
+            piece = self._asked[0]
+            if piece.index:
+                self._receive_part(piece)
+            else:
+                self._receive_head(piece.reading)
+            self._asked.popleft()
+            self._asked_bytes -= piece.num_bytes
+            if not self.wire.goes_on:
+                return
+
+    def _ask_ahead(self) -> None:
+        """Ask for more where half of what may be under way was received."""
+        if self._asked and self._asked_bytes > AHEAD_BYTES // 2:
+            return
+        buffers: list[bytes | memoryview] = []
+        num_asked = 0
+        while self._todo and len(self._asked) < MAX_AHEAD and (self._asked_bytes < AHEAD_BYTES or not self._asked):
+            piece = self._todo.popleft()
+            buffers += encode(self.ask(piece.name))
+            num_asked += 1
+            self._asked.append(piece)
+            self._asked_bytes += piece.num_bytes
+        if buffers:
+            self.wire.send([b"".join(buffers)], num_asked, self.deadline)
+
+    def _receive_head(self, reading: Reading) -> None:
+        length = self.wire.length(self.deadline)
+        if not isinstance(length, int):
+            reading.end(_why_not(length, self.wire.label))
+            return
+        head = self.wire.peek(min(length, MANIFEST_BYTES), self.deadline)
+        manifest = parse_manifest(head, reading.key)
+        if manifest is None:
+            self.wire.payload(length, reading.views, self.deadline)
+            reading.end(length)
+            return
+        self._ask_for_parts(reading, manifest)
+        target = [memoryview(bytearray(MANIFEST_BYTES)), *cut(reading.views, 0, manifest.length_of(0))]
+        self._receive(reading, length, MANIFEST_BYTES + manifest.length_of(0), target)
+
+    def _ask_for_parts(self, reading: Reading, manifest: Manifest) -> None:
+        """The parts that there is room for, before anything else."""
+        room = sum(view.nbytes for view in reading.views)
+        reading.manifest = manifest
+        reading.num_left = max(1, min(manifest.num_parts, -(-room // manifest.part_bytes)))
+        names = manifest.part_keys(reading.key)
+        parts = range(1, reading.num_left)
+        pieces = [_Piece(reading, part, names[part - 1], manifest.length_of(part)) for part in parts]
+        self._todo.extendleft(reversed(pieces))
+        self._ask_ahead()
+
+    def _receive_part(self, piece: _Piece) -> None:
+        reading, manifest = piece.reading, piece.reading.manifest
+        assert manifest is not None
+        length = self.wire.length(self.deadline)
+        target = cut(reading.views, piece.index * manifest.part_bytes, piece.num_bytes)
+        self._receive(reading, length, piece.num_bytes, target)
+
+    def _receive(
+        self, reading: Reading, length: int | ErrorReply | None, expected: int, target: Sequence[memoryview]
+    ) -> None:
+        """One part, which should have `expected` bytes; where it has not, the object is a miss."""
+        if isinstance(length, int):
+            self.wire.payload(length, target if length == expected else [], self.deadline)
+        reading.num_left -= 1
+        if length != expected:
+            failure = None if isinstance(length, int) else _why_not(length, self.wire.label)
+            reading.is_torn = reading.is_torn or failure is None
+            reading.end(failure)
+            self._todo = deque(piece for piece in self._todo if piece.reading is not reading)
+        if not reading.num_left and not reading.is_done:
+            assert reading.manifest is not None
+            reading.end(reading.manifest.num_bytes)
+
+
+def write(
+    wire: Wire,
+    writings: Sequence[Writing],
+    setting: Callable[[bytes, Sequence[memoryview]], Command],
+    lasting: Callable[[bytes], Command],
+    deadline: Deadline,
+) -> None:
+    """Write objects over one connection, and end each; only a failure of the connection itself is raised.
+
+    `setting` makes the command that sets an object's key, `lasting` the one that lets a part live as long.
+    """
+    _write_parts(wire, writings, deadline)
+    good = [writing for writing in writings if not writing.is_done]
+    batches = [_publishing(writing, setting, lasting) for writing in good]
+    replies = wire.ask_all([command for batch in batches for command in batch], deadline)
+    cleaning: list[Command] = []
+    for writing, batch in zip(good, batches, strict=True):
+        before, published, *kept = replies[: len(batch)]
+        del replies[: len(batch)]
+        writing.end(_failure(published, kept, wire.label))
+        cleaning += _cleaning(writing, published, manifest_in(before, writing.key))
+    wire.ask_all(cleaning, deadline)
+
+
+def _write_parts(wire: Wire, writings: Sequence[Writing], deadline: Deadline) -> None:
+    """All parts but the first of each; ends the writings whose parts were refused."""
+    owners: list[Writing] = []
+    commands: list[Command] = []
+    for writing in writings:
+        for index, name in enumerate(writing.part_keys(), 1):
+            owners.append(writing)
+            commands.append((b"SET", name, writing.part(index), b"EX", ORPHAN_S))
+    for writing, reply in zip(owners, wire.ask_all(commands, deadline), strict=True):
+        if isinstance(reply, ErrorReply) and not writing.is_done:
+            writing.end(error_of(reply, wire.label))
+    # What little room there is, is not for parts of nothing.
+    full = [writing for writing in writings if isinstance(writing.outcome, StoreFull)]
+    wire.ask_all([(b"UNLINK", *writing.part_keys()) for writing in full], deadline)
+
+
+def _publishing(
+    writing: Writing, setting: Callable[[bytes, Sequence[memoryview]], Command], lasting: Callable[[bytes], Command]
+) -> list[Command]:
+    """Set the object's key, and let its parts stay."""
+    name = redis_key(writing.key)
+    return [head_of(writing.key), setting(name, writing.value()), *map(lasting, writing.part_keys())]
+
+
+def _cleaning(writing: Writing, published: Reply, old: Manifest | None) -> list[Command]:
+    """What is left of the object that was there before, or of this one where it failed."""
+    if writing.outcome is None:
+        return [(b"EXPIRE", part, GRACE_S) for part in old.part_keys(writing.key)] if old else []
+    names = [] if isinstance(published, ErrorReply) else [redis_key(writing.key)]
+    return [(b"UNLINK", *names, *writing.part_keys())] if names or writing.part_keys() else []
+
+
+def _failure(published: Reply, kept: Sequence[Reply], label: str) -> StoreError | None:
+    if isinstance(published, ErrorReply):
+        return error_of(published, label)
+    refused = next((reply for reply in kept if isinstance(reply, ErrorReply)), None)
+    if refused is not None:
+        return error_of(refused, label)
+    if any(reply != 1 for reply in kept):
+        return StoreFull(f"{label}: {kept.count(0)} of {len(kept)} parts were evicted while writing")
+    return None
+
+
+def _why_not(reply: ErrorReply | None, label: str) -> StoreError | None:
+    """Of a value that does not come: None for a miss."""
+    return None if reply is None or reply.code in NOT_THERE else error_of(reply, label)
+
+
+def head_of(key: bytes) -> Command:
+    """The command that tells whether a manifest is there, without fetching what else may be."""
+    return (b"GETRANGE", redis_key(key), 0, MANIFEST_BYTES - 1)
+
+
+def manifest_in(head: Reply, key: bytes) -> Manifest | None:
+    """The manifest in the answer to `head_of`."""
+    return parse_manifest(head, key) if isinstance(head, bytes) else None
