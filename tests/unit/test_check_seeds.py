@@ -103,6 +103,11 @@ def test_seed_004_mended_reads_as_its_authors_meant_it():
     assert text.endswith("              path: lmcache_config.yaml\n    terminationGracePeriodSeconds: 50\n")
 
 
+def test_what_the_readme_shows_passes():
+    files, _ = read_files([str(SEEDS.parents[2] / "README.md")])
+    assert [one for one in check(files).findings if one.severity != "note"] == []
+
+
 GUIDE = """\
 # A guide
 

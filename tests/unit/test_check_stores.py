@@ -113,6 +113,12 @@ STORE_TRAPS = [
         (),
     ),
     Trap("sentinel-port", SENTINEL, (("redis-sentinel://redis:26379/kv", "§redis-sentinel://redis:6379/kv"),), ()),
+    Trap(
+        "remote-port",
+        STORES,
+        ((f'"redis://{SERVED}"', '§"redis://redis-0.redis.kv.svc:6380"'),),  # a pod of a StatefulSet
+        ((f'"redis://{SERVED}"', '"redis://redis-0.redis.kv.svc:6379"'),),
+    ),
     # the stores themselves
     Trap(
         "redis-unbounded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ SHUTDOWN_S = 30  # this runtime's default of --shutdown-timeout
 AFTER_SHUTDOWN_S = 20  # workers, the last writes, the interpreter
 DEFAULT_GRACE_S = 30  # Kubernetes'
 CPU_BLOCK, GPU_BLOCK = 128, 16
+_ALIKE = 0.75  # a slip of the finger; below it, a variable of somebody else's
 # Fields of vLLM's KVTransferConfig that vLLM 0.32 no longer has: it refuses them at the start.
 GONE_FIELDS = ("kv_buffer_size", "kv_rank", "kv_parallel_size", "kv_ip", "kv_port")
 _QUOTED = re.compile(r"(--[A-Za-z0-9_-]+=)(['\"])(.*)\2", re.DOTALL)
@@ -144,9 +146,10 @@ def _workers(bundle: Bundle) -> Iterator[Found]:
 
 
 def _misnamed(bundle: Bundle) -> Iterator[Found]:
+    engines = {cache.container for cache in caches(bundle)}
     for container in _containers(bundle):
         for env in container.env.values():
-            better = _MISNAMED.get(env.name) or _nearest_variable(env.name)
+            better = _MISNAMED.get(env.name) or (_nearest_variable(env.name) if container in engines else None)
             name = env.node.at("name")
             if better and name is not None:
                 taken = better in container.env
@@ -159,7 +162,8 @@ def _nearest_variable(name: str) -> str | None:
     if not name.startswith("LMCACHE_") or is_known(key) or OTHER_VARIABLES.fullmatch(name) or is_service_link(name):
         return None
     near = nearest(key)
-    return f"LMCACHE_{near.upper()}" if near and is_known(near) else None
+    alike = near is not None and difflib.SequenceMatcher(None, key, near).ratio() > _ALIKE
+    return f"LMCACHE_{near.upper()}" if near and alike and is_known(near) else None
 
 
 def _shadowed(bundle: Bundle) -> Iterator[Found]:

@@ -14,10 +14,10 @@ from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Node, replace
 
 SENTINEL_PORT, REDIS_PORT = "26379", "6379"
+DEFAULT_SERVICE = "redismaster"  # LMCache's, and ours
 _SENTINELS = ("redis-sentinel", "valkey-sentinel")
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "0.0.0.0")
 _MONITOR = re.compile(r"sentinel[ \t]+monitor[ \t]+(\S+)[ \t]")
-_SERVICE = re.compile(r"([a-z0-9-]+)(?:\.([a-z0-9-]+)(?:\.svc(?:\.[a-z0-9.-]+)?)?)?")
 
 
 class Remote(NamedTuple):
@@ -63,14 +63,26 @@ def _localhost(bundle: Bundle) -> Iterator[Found]:
 
 def _hosts(bundle: Bundle) -> Iterator[tuple[Remote, str, str, str]]:
     """(remote, service, namespace, port) for each host that can be a Service."""
+    services = {service.name for service in bundle.of("Service")}
     for remote in _remotes(bundle):
         address = split_url(remote.url)
         default = SENTINEL_PORT if address.scheme in _SENTINELS else REDIS_PORT
         for host in address.hosts:
             name, _, port = host.partition(":")
-            found = _SERVICE.fullmatch(name)
+            found = _service_of(name, services)
             if found is not None and name not in _LOCAL:
-                yield remote, found[1], found[2] or remote.namespace, port or default
+                yield remote, found[0], found[1] or remote.namespace, port or default
+
+
+def _service_of(host: str, services: set[str]) -> tuple[str, str] | None:
+    """(service, namespace or "") of a name within a cluster; the pod of a StatefulSet stands before its service."""
+    labels = host.split(".")
+    if "svc" in labels:
+        labels = labels[: labels.index("svc")]
+        return (labels[-2], labels[-1]) if len(labels) > 1 else None
+    if len(labels) == 2:
+        return (labels[1], "") if labels[1] in services else (labels[0], labels[1])
+    return (labels[0], "") if len(labels) == 1 else None
 
 
 def _ports(service: Document) -> list[str]:
@@ -143,9 +155,9 @@ def _sentinel(bundle: Bundle) -> Iterator[Found]:
         if split_url(remote.url).scheme not in _SENTINELS:
             continue
         name = _service_name(remote)
-        if name is not None and monitored in (None, name):
+        if (name or DEFAULT_SERVICE) == monitored or (name is not None and monitored is None):
             continue
-        said = f"it asks for {name}" if name else "it names no service, and redismaster is assumed"
+        said = f"it asks for {name}" if name else f"it names no service, and {DEFAULT_SERVICE} is assumed"
         known = f", while the sentinels given here watch {monitored}" if monitored else ""
         better = monitored or "the name in your 'sentinel monitor' line (mymaster in Redis's own example)"
         edits = (

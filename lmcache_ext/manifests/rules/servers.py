@@ -37,11 +37,12 @@ def _servers(bundle: Bundle) -> Iterator[tuple[Pod, Container]]:
 
 
 def _max_memory(container: Container) -> str | None:
-    """What ``--maxmemory`` says; "" where a file may say it."""
+    """What ``--maxmemory`` says; "" where a file or a script may say it."""
     words = [arg.text for arg in container.args]
     if "--maxmemory" in words[:-1]:
         return words[words.index("--maxmemory") + 1]
-    return "" if any(word.endswith(".conf") or "--maxmemory" in word for word in words) else None
+    plain = not words or words[0].endswith("-server") or words[0].startswith("--")
+    return None if plain and not any(word.endswith(".conf") or "--maxmemory" in word for word in words) else ""
 
 
 def _redis_unbounded(bundle: Bundle) -> Iterator[Found]:
