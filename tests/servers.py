@@ -137,6 +137,17 @@ def server(kind: str, directory: Path, *arguments: str, tls: bool = False) -> It
 
 
 @contextmanager
+def replicated(kind: str, directory: Path) -> Iterator[tuple[Server, Server]]:
+    """A master and its replica, in sync."""
+    with server(kind, directory) as master:
+        flags = ["--replicaof", "127.0.0.1", str(master.port), "--repl-diskless-sync-delay", "0"]
+        command(master.port, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+        with server(kind, directory, *flags) as replica:
+            until(lambda: b"master_link_status:up" in command(replica.port, "INFO", "replication"), "in sync")
+            yield master, replica
+
+
+@contextmanager
 def cluster(kind: str, directory: Path, num_masters: int = 3) -> Iterator[list[Server]]:
     """Masters that share the slots evenly, when all agree that the cluster is up."""
     with ExitStack() as stack:

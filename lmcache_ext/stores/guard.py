@@ -4,9 +4,9 @@
 
 Reads and writes have a breaker each, because a disk that is full or read-only still serves. While reads
 are open every call answers at once (a miss, or StoreUnavailable for writes) and a daemon thread asks
-`ping` with exponential backoff and jitter until the backend is back; where it was a fetch that failed, it
-also fetches that object again, for a backend that trickles answers `ping` in time. While only writes are
-open, one `put` is let through after each backoff as a trial; `ping` proves nothing about writing.
+`ping`, with exponential backoff and jitter, and then repeats the read that failed last, until both are
+answered in time: a backend that trickles, or lacks a node, may answer `ping`. While only writes are open,
+one `put` is let through after each backoff as a trial; `ping` proves nothing about writing.
 
 Failures are in a row among calls of one kind: an `exists` that works says nothing about fetching. A read
 that failed late counts once per second that somebody waited for it, so a few long waits are enough. A batch
@@ -260,11 +260,11 @@ class Guarded(Store):
     def _read(
         self, kind: str, deadline_s: float, read: Callable[[], T], again: Callable[[], object] | None = None
     ) -> T | None:
-        """Judge one read; None where it failed or was not asked."""
+        """Judge one read; None where it failed or was not asked. A probe repeats it, or `again` if that is given."""
         if self._rejects_reads(READ):
             return None
         try:
-            with self._call(READ, kind, deadline_s, again):
+            with self._call(READ, kind, deadline_s, again or read):
                 return read()
         except StoreError:
             return None
@@ -352,27 +352,27 @@ class Guarded(Store):
             opened = times > 0 and self._breaker(side).fail(now, call.kind, times=times)
             if opened:
                 self._counters[f"{side}.opened"] += 1
-            probe = self._new_probe(call.again) if opened and side == READ else None
+            probe = self._new_probe(call) if opened and side == READ else None
         if opened:
             self._tell(Change(self.name, side, True, cause), detail)
         if probe is not None:
             probe.start()
 
-    def _new_probe(self, again: Callable[[], object] | None) -> threading.Thread | None:
+    def _new_probe(self, failed: _Call) -> threading.Thread | None:
         if self._closing.is_set():
             return None
-        name = f"{self.name}-probe"
-        self._probe = threading.Thread(target=self._probe_until_back, args=(again,), name=name, daemon=True)
+        what = (failed.again, failed.deadline_s)  # not the call: the errors in it hold on to the caller's buffers
+        self._probe = threading.Thread(target=self._probe_until_back, args=what, name=f"{self.name}-probe", daemon=True)
         return self._probe
 
-    def _probe_until_back(self, again: Callable[[], object] | None) -> None:
+    def _probe_until_back(self, again: Callable[[], object] | None, deadline_s: float) -> None:
         """Top of the probe thread: it ends when the backend answers in time, or at `close`."""
         while True:
             with self._lock:
                 wait_s = max(self._reads.retry_at - self._clock(), 0.0)
             if self._closing.wait(wait_s):
                 return
-            is_back = self._is_back(again)
+            is_back = self._is_back(again, deadline_s)
             with self._lock:
                 if is_back:
                     self._reads.succeed()
@@ -383,11 +383,11 @@ class Guarded(Store):
                 self._tell(Change(self.name, READ, False, "probe"), "it answers again")
                 return
 
-    def _is_back(self, again: Callable[[], object] | None) -> bool:
+    def _is_back(self, again: Callable[[], object] | None, deadline_s: float) -> bool:
         """Whether `ping`, and what failed, are answered in time now."""
         try:
             return self._in_time(self._store.ping, self._lookup_deadline_s) and (
-                again is None or self._in_time(again, self._deadline_s)
+                again is None or self._in_time(again, deadline_s)
             )
         except StoreError:
             return False

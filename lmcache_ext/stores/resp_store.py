@@ -98,13 +98,10 @@ class RespStore(Store):
         self._delete(keys, self._deadline())
 
     def ping(self) -> float:
-        """PING of every server that has keys: the store is back when all are."""
+        """PING of every server that has keys: the store is back when all are, or others have taken their places."""
         started_at = self._clock()
         deadline = self._deadline()
-        for pool in self._pools(deadline):
-            reply = self._roundtrip([(pool, [(b"PING",)])], deadline)[0]
-            if reply != b"PONG":
-                raise StoreUnavailable(f"{pool.label}: PING was answered with {str(reply)[:40]!r}")
+        self._looking_again(lambda: self._ping(deadline))
         return self._clock() - started_at
 
     def usage(self) -> Usage:
@@ -122,6 +119,12 @@ class RespStore(Store):
 
     def close(self) -> None:
         self._topology.close()
+
+    def _ping(self, deadline: Deadline) -> None:
+        for pool in self._topology.pools(deadline):
+            reply = self._roundtrip([(pool, [(b"PING",)])], deadline)[0]
+            if reply != b"PONG":
+                raise StoreUnavailable(f"{pool.label}: PING was answered with {str(reply)[:40]!r}")
 
     def _delete(self, keys: Sequence[bytes], deadline: Deadline) -> None:
         heads = self._ask([(key, head_of(key)) for key in keys], deadline)

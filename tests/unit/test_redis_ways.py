@@ -6,7 +6,6 @@ import datetime
 import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,24 +102,11 @@ def test_a_plain_client_of_a_tls_server_is_unavailable(tls_server: servers.Serve
     store.close()
 
 
-@contextmanager
-def replicated(kind: str, directory: Path) -> Iterator[tuple[servers.Server, servers.Server]]:
-    """A master and its replica, in sync."""
-    with servers.server(kind, directory) as master:
-        flags = ["--replicaof", "127.0.0.1", str(master.port), "--repl-diskless-sync-delay", "0"]
-        servers.command(master.port, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
-        with servers.server(kind, directory, *flags) as replica:
-            servers.until(
-                lambda: b"master_link_status:up" in servers.command(replica.port, "INFO", "replication"), "in sync"
-            )
-            yield master, replica
-
-
 @pytest.mark.redis
 @pytest.mark.parametrize("kind", ["redis", "valkey"])
 def test_a_failover_is_followed(kind: str, tmp_path: Path) -> None:
     with (
-        replicated(kind, tmp_path) as (master, replica),
+        servers.replicated(kind, tmp_path) as (master, replica),
         servers.sentinels(kind, tmp_path, master) as (sentinel,),
     ):
         servers.until(lambda: b"slaves=1" in servers.command(sentinel.port, "INFO", "sentinel"), "replica known", 15)
@@ -138,7 +124,7 @@ def test_a_failover_is_followed(kind: str, tmp_path: Path) -> None:
 def test_a_master_that_was_demoted_is_left(tmp_path: Path) -> None:
     """READONLY: the connection still stands, but it leads to a replica now."""
     with (
-        replicated("redis", tmp_path) as (master, _),
+        servers.replicated("redis", tmp_path) as (master, _),
         servers.sentinels("redis", tmp_path, master) as (sentinel,),
     ):
         servers.until(lambda: b"slaves=1" in servers.command(sentinel.port, "INFO", "sentinel"), "replica known", 15)
