@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmcache_ext.errors import ConfigError, StoreUnavailable
+from lmcache_ext.errors import ConfigError, StoreError, StoreUnavailable
 from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Usage
 from lmcache_ext.stores.lmserver_link import Link, OldLink, connect
 from lmcache_ext.stores.lmserver_pool import Pool
@@ -84,18 +84,46 @@ class LMServerStore(Store):
         return [was_found and key not in self._deleted for key, was_found in zip(keys, found, strict=True)]
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
-        if _check(key) in self._deleted:
-            return None
-        with self._pool.link(self._settings.timeout_s) as link:
-            return link.get_into(key, parts)
+        outcome = self.get_many_into([key], [parts])[0]
+        if isinstance(outcome, StoreError):
+            raise outcome
+        return outcome
 
     def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
-        _check(key)
-        with self._pool.link(self._settings.timeout_s) as link:
-            link.put(key, parts)
-        if self._deleted:
-            with self._deleted_lock:
-                self._deleted.pop(key, None)
+        error = self.put_many([key], [parts])[0]
+        if error is not None:
+            raise error
+
+    def get_many_into(
+        self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
+    ) -> list[int | StoreError | None]:
+        """Over one connection, requests sent ahead."""
+        pairs = list(zip(keys, parts_per_key, strict=True))
+        there = [index for index, key in enumerate(keys) if _check(key) not in self._deleted]
+        outcomes: dict[int, int | StoreError | None] = dict.fromkeys(set(range(len(keys))) - set(there))
+        if not there:
+            return [None] * len(keys)
+        try:
+            with self._pool.link(self._settings.timeout_s) as link:
+                wanted, targets = [keys[index] for index in there], [pairs[index][1] for index in there]
+                outcomes.update((there[number], outcome) for number, outcome in link.get_many(wanted, targets))
+        except StoreError as error:
+            outcomes.update((index, error) for index in there if index not in outcomes)
+        return [outcomes[index] for index in range(len(keys))]
+
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
+        """Over one connection, objects sent ahead."""
+        objects = [parts for _, parts in zip(map(_check, keys), parts_per_key, strict=True)]
+        outcomes: dict[int, StoreError | None] = {}
+        if not keys:
+            return []
+        try:
+            with self._pool.link(self._settings.timeout_s) as link:
+                outcomes.update(link.put_many(keys, objects))
+        except StoreError as error:
+            outcomes.update((index, error) for index in range(len(keys)) if index not in outcomes)
+        self._put_again([keys[index] for index, error in outcomes.items() if error is None])
+        return [outcomes[index] for index in range(len(keys))]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         if not keys:
@@ -123,6 +151,13 @@ class LMServerStore(Store):
     def _connect(self, timeout_s: float) -> Link:
         settings = self._settings
         return connect(self.address, settings.tls, settings.read_token(), min(timeout_s, settings.connect_timeout_s))
+
+    def _put_again(self, keys: Sequence[bytes]) -> None:
+        """What was deleted is there anew."""
+        if self._deleted:
+            with self._deleted_lock:
+                for key in keys:
+                    self._deleted.pop(key, None)
 
     def _remember(self, keys: Sequence[bytes]) -> None:
         with self._deleted_lock:

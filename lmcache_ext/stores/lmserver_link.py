@@ -2,6 +2,9 @@
 
 `V2Link` to our server, `OldLink` to LMCache's; `connect` finds out which. One exchange at a time, by one
 thread; after any error the link is closed by its owner, because nobody knows what is still under way.
+
+    get a, get b, get c ─►          V2Link sends the requests of many objects ahead, as many as AHEAD_BYTES allow,
+    ◄─ object b, object a, miss     and takes the replies as they come
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ import json
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
 from lmcache_ext.stores.lmserver_socket import Address, Line
@@ -20,9 +23,19 @@ from lmcache_ext.wire import lm, v2
 from lmcache_ext.wire.names import name_of
 from lmcache_ext.wire.stream import WireError
 
+Got: TypeAlias = tuple[int, int | StoreError | None]
+Put: TypeAlias = tuple[int, StoreError | None]
+
+AHEAD_BYTES = 8 * 1024**2
+"""Asked for and not received yet, or sent and not acknowledged; of one object more than that is no matter."""
+
 
 class Link(ABC):
-    """What both protocols can do. `line.begin` was called for each exchange."""
+    """What both protocols can do. `line.begin` was called for each exchange.
+
+    `get_many` and `put_many` yield the outcome of one object after another, with its number among `keys`, in any order;
+    what was not yielded before a StoreError was raised has no other outcome than that.
+    """
 
     def __init__(self, line: Line, address: Address) -> None:
         self.line = line
@@ -32,10 +45,10 @@ class Link(ABC):
     def exists(self, keys: Sequence[bytes]) -> list[bool]: ...
 
     @abstractmethod
-    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None: ...
+    def get_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Got]: ...
 
     @abstractmethod
-    def put(self, key: bytes, parts: Sequence[memoryview]) -> None: ...
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Put]: ...
 
     @abstractmethod
     def delete(self, keys: Sequence[bytes]) -> None: ...
@@ -71,22 +84,32 @@ class V2Link(Link):
             found += [byte != 0 for byte in body]
         return found
 
-    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
-        room = sum(part.nbytes for part in parts)
-        reply = self._receive(self._send(v2.Op.GET, key, argument=room), v2.Status.MISS)
-        if reply.status == v2.Status.MISS:
-            self.line.skip(_at_most(reply.body_bytes, v2.MAX_SMALL_BYTES))
-            return None
-        if reply.body_bytes != min(room, reply.value):
-            raise WireError(f"{self._address}: {reply.body_bytes} of {reply.value} bytes come, expected at most {room}")
-        self.line.read_into(parts, reply.body_bytes)
-        return reply.value
+    def get_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Got]:
+        rooms = [sum(part.nbytes for part in parts) for parts in parts_per_key]
+        pairs = zip(keys, rooms, strict=True)
+        requests = [v2.Request(v2.Op.GET, self._new_id(), key, argument=room) for key, room in pairs]
+        for index, reply in self._replies(requests, [()] * len(keys), rooms):
+            try:
+                yield index, self._object(reply, parts_per_key[index], rooms[index])
+            except Answered as answered:
+                yield index, answered.error
 
-    def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
-        num_bytes = sum(part.nbytes for part in parts)
-        if num_bytes > self._can.max_object_bytes:
-            raise StoreFull(f"{self._address}: {num_bytes} bytes, the server takes {self._can.max_object_bytes}")
-        self._small_body(self._exchange(v2.Op.PUT, key, parts))
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Put]:
+        sizes = [sum(part.nbytes for part in parts) for parts in parts_per_key]
+        limit = self._can.max_object_bytes
+        fitting = [index for index, size in enumerate(sizes) if size <= limit]
+        for index, size in enumerate(sizes):
+            if size > limit:
+                yield index, StoreFull(f"{self._address}: {size} bytes, the server takes {limit}")
+        requests = [v2.Request(v2.Op.PUT, self._new_id(), keys[index], sizes[index]) for index in fitting]
+        bodies = [parts_per_key[index] for index in fitting]
+        for number, reply in self._replies(requests, bodies, [sizes[index] for index in fitting]):
+            try:
+                self._judge(reply)
+                self._small_body(reply)
+                yield fitting[number], None
+            except Answered as answered:
+                yield fitting[number], answered.error
 
     def delete(self, keys: Sequence[bytes]) -> None:
         for batch in self._batches(keys):
@@ -110,22 +133,74 @@ class V2Link(Link):
     def _exchange(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = ()) -> v2.Reply:
         return self._receive(self._send(op, key, body))
 
-    def _send(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = (), *, argument: int = 0) -> int:
-        request_id = next(self._ids) & 0xFFFFFFFF
-        num_bytes = sum(part.nbytes for part in body)
-        head = v2.Request(op, request_id, key, num_bytes, argument).encode()
-        self.line.send([memoryview(head), *body])
-        return request_id
+    def _send(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = ()) -> int:
+        request = v2.Request(op, self._new_id(), key, sum(part.nbytes for part in body))
+        self.line.send([memoryview(request.encode()), *body])
+        return request.request_id
 
-    def _receive(self, request_id: int, *fine: v2.Status) -> v2.Reply:
-        """The reply to a request; raises what a status other than OK and `fine` says."""
+    def _new_id(self) -> int:
+        return next(self._ids) & 0xFFFFFFFF
+
+    def _replies(
+        self, requests: Sequence[v2.Request], bodies: Sequence[Sequence[memoryview]], num_bytes: Sequence[int]
+    ) -> Iterator[tuple[int, v2.Reply]]:
+        """Send the requests ahead; the head of each reply as it comes, with the number of its request.
+
+        Whoever takes it reads the reply's body before the next. `num_bytes`: what each request puts on the way, here or
+        there; more are sent when half of AHEAD_BYTES has come through.
+        """
+        waiting: dict[int, int] = {}
+        ahead_bytes = next_index = 0
+        while waiting or next_index < len(requests):
+            buffers: list[memoryview] = []
+            refills = ahead_bytes <= AHEAD_BYTES // 2
+            while next_index < len(requests) and self._may_send(len(waiting), ahead_bytes, refills=refills):
+                request = requests[next_index]
+                buffers += [memoryview(request.encode()), *bodies[next_index]]
+                waiting[request.request_id] = next_index
+                ahead_bytes += num_bytes[next_index]
+                next_index += 1
+            self.line.send(buffers)
+            reply = self._head()
+            index = waiting.pop(reply.request_id, None)
+            if index is None:
+                raise WireError(f"{self._address}: read the reply to a request {reply.request_id} that was not made")
+            ahead_bytes -= num_bytes[index]
+            yield index, reply
+
+    def _may_send(self, num_waiting: int, ahead_bytes: int, *, refills: bool) -> bool:
+        return not num_waiting or (refills and ahead_bytes < AHEAD_BYTES and num_waiting < self._can.max_in_flight)
+
+    def _object(self, reply: v2.Reply, parts: Sequence[memoryview], room: int) -> int | None:
+        """The object that a reply to GET brings, read into `parts`."""
+        self._judge(reply, v2.Status.MISS)
+        if reply.status == v2.Status.MISS:
+            self.line.skip(_at_most(reply.body_bytes, v2.MAX_SMALL_BYTES))
+            return None
+        if reply.body_bytes != min(room, reply.value):
+            raise WireError(f"{self._address}: {reply.body_bytes} of {reply.value} bytes come, expected at most {room}")
+        self.line.read_into(parts, reply.body_bytes)
+        return reply.value
+
+    def _receive(self, request_id: int) -> v2.Reply:
+        """The reply to a request, which is the next; raises what a status other than OK says."""
+        reply = self._head()
+        if reply.request_id != request_id:
+            raise WireError(f"{self._address}: read the reply to another request than {request_id}")
+        self._judge(reply)
+        return reply
+
+    def _head(self) -> v2.Reply:
         decoder = v2.ReplyDecoder()
         decoder.feed(self.line.read(v2.HEAD_BYTES))
         reply = decoder.head()
-        if reply is None or reply.request_id != request_id:
-            raise WireError(f"{self._address}: read the reply to another request than {request_id}")
+        assert reply is not None
+        return reply
+
+    def _judge(self, reply: v2.Reply, *fine: v2.Status) -> None:
+        """Raise what a status other than OK and `fine` says."""
         if reply.status == v2.Status.OK or reply.status in fine:
-            return reply
+            return
         message = self.line.read(_at_most(reply.body_bytes, v2.MAX_MESSAGE_BYTES)).decode("utf-8", "replace")
         failure = StoreFull if reply.status == v2.Status.FULL else StoreUnavailable
         raise Answered(failure(f"{self._address}: {reply.status.name}: {message}"), reply.status)
@@ -144,7 +219,16 @@ class OldLink(Link):
         """One round trip each: that server has been seen to read short where two requests lie in the socket."""
         return [self._ask(lm.Command.EXIST, name_of(key)).code == lm.OK for key in keys]
 
-    def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
+    def get_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Got]:
+        """One round trip each, as `exists`."""
+        for index, (key, parts) in enumerate(zip(keys, parts_per_key, strict=True)):
+            yield index, self._get_into(key, parts)
+
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> Iterator[Put]:
+        for index, (key, parts) in enumerate(zip(keys, parts_per_key, strict=True)):
+            yield index, self._put(key, parts)
+
+    def _get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
         reply = self._ask(lm.Command.GET, name_of(key))
         if reply.code != lm.OK:
             return None
@@ -153,19 +237,20 @@ class OldLink(Link):
         self.line.skip(reply.length - wanted)
         return reply.length
 
-    def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
+    def _put(self, key: bytes, parts: Sequence[memoryview]) -> StoreError | None:
         num_bytes = sum(part.nbytes for part in parts)
         if num_bytes > lm.MAX_INT32:
-            raise StoreFull(f"{self._address}: {num_bytes} bytes, LMCache's protocol takes {lm.MAX_INT32}")
+            return StoreFull(f"{self._address}: {num_bytes} bytes, LMCache's protocol takes {lm.MAX_INT32}")
         head = lm.Request(lm.Command.PUT, name_of(key), num_bytes, lm.binary(num_bytes)).encode()
         self.line.send([memoryview(head), *parts])
         if not self.exists([key])[0]:
-            raise StoreUnavailable(f"{self._address}: did not keep {num_bytes} bytes")
+            return StoreUnavailable(f"{self._address}: did not keep {num_bytes} bytes")
+        return None
 
     def delete(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            if self.exists([key])[0]:
-                self.put(key, [])
+            if self.exists([key])[0] and (error := self._put(key, [])) is not None:
+                raise error
 
     def ping(self) -> None:
         self._ask(lm.Command.HEALTH, v2.HELLO_NAME)

@@ -51,15 +51,7 @@ class ShardedStore(Store):
         self._threads: ThreadPoolExecutor | None = None
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        shares = self._shares(keys)
-        found = self._at_once([partial(shard.exists, share) for shard, share in shares.items()])
-        there = {
-            key
-            for share, answers in zip(shares.values(), found, strict=True)
-            for key, is_there in zip(share, answers, strict=True)
-            if is_there
-        }
-        return [key in there for key in keys]
+        return self._of_each(keys, lambda store, share: store.exists([keys[index] for index in share]))
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
         return self._store_of(key).get_into(key, parts)
@@ -73,10 +65,32 @@ class ShardedStore(Store):
         except StoreError:
             self._drop(store)
 
+    def get_many_into(
+        self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
+    ) -> list[int | StoreError | None]:
+        """Of all servers at once."""
+        objects = [parts for _, parts in zip(keys, parts_per_key, strict=True)]
+        return self._of_each(
+            keys,
+            lambda store, share: store.get_many_into(
+                [keys[index] for index in share], [objects[index] for index in share]
+            ),
+        )
+
+    def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
+        """To all servers at once."""
+        objects = [parts for _, parts in zip(keys, parts_per_key, strict=True)]
+
+        def put_share(store: Guarded, share: Sequence[int]) -> list[StoreError | None]:
+            errors = store.put_many([keys[index] for index in share], [objects[index] for index in share])
+            return [error if isinstance(error, StoreFull | None) else self._dropped(store) for error in errors]
+
+        return self._of_each(keys, put_share)
+
     def delete(self, keys: Sequence[bytes]) -> None:
         for store, share in self._shares(keys).items():
             try:
-                store.delete(share)
+                store.delete([keys[index] for index in share])
             except StoreError:
                 self._drop(store)
 
@@ -107,20 +121,37 @@ class ShardedStore(Store):
 
     def _drop(self, store: Guarded) -> None:
         """Pass over a failure of one server, unless it is all of them."""
+        error = self._dropped(store)
+        if error is not None:
+            raise error
+
+    def _dropped(self, store: Guarded) -> StoreError | None:
+        """A failure of one server is None, and counted, unless it is all of them."""
         if all(other.is_open() for other in self._stores):
-            raise StoreUnavailable(f"{self.name}: none of {len(self._stores)} servers answers")
+            return StoreUnavailable(f"{self.name}: none of {len(self._stores)} servers answers")
         with self._lock:
             self.num_dropped += 1
+        return None
 
     def _store_of(self, key: bytes) -> Guarded:
         weights = [xxhash.xxh3_64_intdigest(name + b"\0" + key) for name in self._names]
         return self._stores[weights.index(max(weights))]
 
-    def _shares(self, keys: Sequence[bytes]) -> dict[Guarded, list[bytes]]:
-        shares: dict[Guarded, list[bytes]] = {}
-        for key in keys:
-            shares.setdefault(self._store_of(key), []).append(key)
+    def _shares(self, keys: Sequence[bytes]) -> dict[Guarded, list[int]]:
+        """By server, the numbers of its keys."""
+        shares: dict[Guarded, list[int]] = {}
+        for index, key in enumerate(keys):
+            shares.setdefault(self._store_of(key), []).append(index)
         return shares
+
+    def _of_each(self, keys: Sequence[bytes], call: Callable[[Guarded, Sequence[int]], Sequence[T]]) -> list[T]:
+        """What `call` answers for the keys of each server, all servers at once, in the order of the keys."""
+        shares = self._shares(keys)
+        answers = self._at_once([partial(call, store, share) for store, share in shares.items()])
+        found: dict[int, T] = {}
+        for share, answer in zip(shares.values(), answers, strict=True):
+            found.update(zip(share, answer, strict=True))
+        return [found[index] for index in range(len(keys))]
 
     def _at_once(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         if len(calls) < 2:

@@ -14,9 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from lmcache_ext.errors import StoreTimeout, StoreUnavailable
-
-IOV_MAX = 1024
-"""Linux UIO_MAXIOV: more buffers in one call are EINVAL."""
+from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, send_some
 
 SCRATCH_BYTES = 256 * 1024
 
@@ -74,17 +72,10 @@ class Line:
 
     def send(self, parts: Sequence[memoryview]) -> None:
         """Send the concatenation of `parts`."""
-        left = [part.cast("B") for part in parts if part.nbytes]
-        first = 0
+        left = [bytes_of(part) for part in parts if part.nbytes]
         with _errors(self._address, "send", self._timeout_s):
-            while first < len(left):
-                self._arm()
-                sent = self._send_some(left[first : first + IOV_MAX])
-                while first < len(left) and sent >= left[first].nbytes:
-                    sent -= left[first].nbytes
-                    first += 1
-                if sent:
-                    left[first] = left[first][sent:]
+            while left:
+                left = after(left, self._send_some(left))
 
     def read(self, num_bytes: int) -> bytes:
         """Exactly so many bytes; for heads and small bodies."""
@@ -94,16 +85,14 @@ class Line:
 
     def read_into(self, parts: Sequence[memoryview], num_bytes: int) -> None:
         """Exactly `num_bytes` into `parts`, in order; they have room for them."""
+        left = cut(parts, 0, num_bytes)
         with _errors(self._address, "read", self._timeout_s):
-            for part in parts:
-                view = part.cast("B")[:num_bytes]
-                num_bytes -= view.nbytes
-                while view.nbytes:
-                    self._arm()
-                    came = self._sock.recv_into(view)
-                    if came == 0:
-                        raise ConnectionResetError(errno.ECONNRESET, f"closed with {len(view)} bytes still to come")
-                    view = view[came:]
+            while left:
+                came = self._receive(left)
+                if came == 0:
+                    num_left = sum(view.nbytes for view in left)
+                    raise ConnectionResetError(errno.ECONNRESET, f"closed with {num_left} bytes still to come")
+                left = after(left, came)
 
     def skip(self, num_bytes: int) -> None:
         """Read so many bytes and forget them."""
@@ -117,16 +106,25 @@ class Line:
         with suppress(OSError):
             self._sock.close()
 
-    def _send_some(self, window: Sequence[memoryview]) -> int:
-        if isinstance(self._sock, ssl.SSLSocket):  # it has no sendmsg
-            return self._sock.send(window[0])
-        return self._sock.sendmsg(window)
+    def _send_some(self, left: Sequence[memoryview]) -> int:
+        if isinstance(self._sock, ssl.SSLSocket):  # it has neither vectors nor MSG_WAITALL
+            self._sock.settimeout(self._left_s())
+            return self._sock.send(left[0])
+        self._sock.settimeout(None)
+        return send_some(self._sock, left, self._left_s())
 
-    def _arm(self) -> None:
+    def _receive(self, left: Sequence[memoryview]) -> int:
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._sock.settimeout(self._left_s())
+            return self._sock.recv_into(left[0])
+        self._sock.settimeout(None)
+        return receive_all(self._sock, left, self._left_s())
+
+    def _left_s(self) -> float:
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
-        self._sock.settimeout(left_s)
+        return left_s
 
 
 @contextmanager
@@ -136,4 +134,6 @@ def _errors(address: Address, doing: str, timeout_s: float) -> Iterator[None]:
     except TimeoutError as error:
         raise StoreTimeout(f"{address}: {doing}: not done after {timeout_s:.3f} s") from error
     except OSError as error:  # ssl.SSLError and socket.gaierror are among them
+        if error.errno in AGAIN:
+            raise StoreTimeout(f"{address}: {doing}: not done after {timeout_s:.3f} s") from error
         raise StoreUnavailable(f"{address}: {doing}: {error}") from error

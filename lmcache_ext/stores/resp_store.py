@@ -23,7 +23,8 @@ from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, WHOLE_PARTS, new_manif
 from lmcache_ext.stores.resp_pool import Pool
 from lmcache_ext.stores.resp_topology import Moved, Topology, error_of
 from lmcache_ext.stores.resp_transfer import NOT_THERE, Command, Reader, Reading, Writing, head_of, manifest_in, write
-from lmcache_ext.stores.resp_wire import Deadline, Wire, bytes_of, cut
+from lmcache_ext.stores.resp_wire import Deadline, Wire
+from lmcache_ext.stores.sockets import bytes_of, cut
 
 T = TypeVar("T")
 X = TypeVar("X", Reading, Writing)

@@ -22,7 +22,8 @@ from lmcache_ext.errors import StoreError, StoreFull
 from lmcache_ext.stores.resp import Argument, ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, Manifest, parse_manifest, redis_key
 from lmcache_ext.stores.resp_topology import error_of
-from lmcache_ext.stores.resp_wire import AHEAD_BYTES, MAX_AHEAD, Deadline, Wire, cut
+from lmcache_ext.stores.resp_wire import AHEAD_BYTES, MAX_AHEAD, Deadline, Wire
+from lmcache_ext.stores.sockets import cut
 
 Command = Sequence[Argument]
 

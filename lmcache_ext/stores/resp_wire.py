@@ -1,15 +1,9 @@
-"""One connection that speaks RESP: bounded by deadlines, payloads straight into and out of the caller's memory.
-
-Plain sockets block in the kernel with SO_RCVTIMEO and SO_SNDTIMEO set to what is left of the deadline; Linux counts
-these over a whole MSG_WAITALL receive, so one system call fills a part and a peer that trickles gains nothing.
-"""
+"""One connection that speaks RESP: bounded by deadlines, payloads straight into and out of the caller's memory."""
 
 from __future__ import annotations
 
-import errno
 import socket
 import ssl
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +11,7 @@ from contextlib import contextmanager, suppress
 
 from lmcache_ext.errors import StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
-
-IOV_MAX = 1024
-"""Linux UIO_MAXIOV: more buffers in one call are EMSGSIZE."""
+from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, send_some
 
 RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
@@ -35,8 +27,6 @@ MAX_AHEAD = 128
 
 JOINED_BYTES = 64 * 1024
 """So many bytes of small commands travel in one system call."""
-
-_AGAIN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS})
 
 
 class Deadline:
@@ -106,7 +96,7 @@ class Wire:
         with self._errors(deadline):
             self._prepare(deadline)
             while views:
-                views = after(views, self._send_some(views[:IOV_MAX], deadline))
+                views = after(views, self._send_some(views, deadline))
 
     def reply(self, deadline: Deadline) -> Reply:
         """The next reply, whole."""
@@ -177,7 +167,7 @@ class Wire:
         if left:
             self._prepare(deadline)
         while left:
-            left = after(left, _received(self._receive_all(left[:IOV_MAX], deadline)))
+            left = after(left, _received(self._receive_all(left, deadline)))
 
     def _feed(self, deadline: Deadline) -> None:
         size = _received(self._receive_some(self._scratch, deadline))
@@ -188,21 +178,13 @@ class Wire:
         self._socket.settimeout(None)
 
     def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        self._limit(socket.SO_SNDTIMEO, deadline)
-        return self._socket.sendmsg(views)
+        return send_some(self._socket, views, deadline.left_s())
 
     def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        self._limit(socket.SO_RCVTIMEO, deadline)
-        return self._socket.recv_into(view)
+        return receive_some(self._socket, view, deadline.left_s())
 
     def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        self._limit(socket.SO_RCVTIMEO, deadline)
-        return self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
-
-    def _limit(self, option: int, deadline: Deadline) -> None:
-        """The kernel's timeout for one call; at least a microsecond, for zero would be none."""
-        micros = int(deadline.left_s() * 1e6) + 1
-        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", micros // 10**6, micros % 10**6))
+        return receive_all(self._socket, views, deadline.left_s())
 
     @contextmanager
     def _errors(self, deadline: Deadline) -> Iterator[None]:
@@ -213,7 +195,7 @@ class Wire:
         except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise self._timeout(deadline) from error
         except OSError as error:
-            if error.errno in _AGAIN:
+            if error.errno in AGAIN:
                 raise self._timeout(deadline) from error
             raise StoreUnavailable(f"{self.label}: connection lost: {error}") from error
         except StoreTimeout as error:
@@ -263,33 +245,6 @@ def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes
             buffers, num_commands, num_bytes = [], 0, 0
     if buffers:
         yield buffers, num_commands, num_bytes
-
-
-def bytes_of(buffer: bytes | memoryview) -> memoryview:
-    """The buffer as a view of unsigned bytes."""
-    view = memoryview(buffer)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
-
-
-def cut(views: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
-    """The bytes [start, start + length) of the concatenation of `views`, as far as it goes; none is empty."""
-    found = []
-    at = 0
-    for view in map(bytes_of, views):
-        piece = view[max(start - at, 0) : max(start + length - at, 0)]
-        if piece.nbytes:
-            found.append(piece)
-        at += view.nbytes
-    return found
-
-
-def after(views: Sequence[memoryview], size: int) -> list[memoryview]:
-    """What is left of `views` when `size` bytes are done."""
-    for index, view in enumerate(views):
-        if size < view.nbytes:
-            return [view[size:], *views[index + 1 :]]
-        size -= view.nbytes
-    return []
 
 
 def _received(size: int) -> int:

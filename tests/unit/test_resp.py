@@ -20,7 +20,7 @@ from lmcache_ext.stores.resp import (
     encode,
 )
 from lmcache_ext.stores.resp_parts import Manifest, new_manifest, parse_manifest, redis_key, slot_of
-from lmcache_ext.stores.resp_wire import after, cut
+from lmcache_ext.stores.sockets import after, cut
 
 KEY = bytes(range(16)) + b"{a}"
 
