@@ -14,10 +14,21 @@ from collections import Counter
 from collections.abc import Collection
 
 from typing_extensions import override
-from vllm.v1.kv_offload.base import LoadStoreSpec, LookupResult, OffloadKey, PrepareStoreOutput, ReqContext
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    ScheduleEndContext,
+)
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager, _SecondaryTierFacingParent
+from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker, _TierState
 
+from lmcache_ext.config import Config
+from lmcache_ext.offload.far import FarTiers, Opened
+from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.tier import StoredTier
 
 _PROMOTABLE_FRACTION = 0.75  # of all rows, for one request
@@ -28,15 +39,42 @@ class BoundedTieringManager(TieringOffloadingManager):
     """See the module's docstring."""
 
     def __init__(
-        self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[SecondaryTierManager]
+        self, primary_tier: HostTier, secondary_tiers: list[SecondaryTierManager], far: FarTiers | None = None
     ) -> None:
         super().__init__(primary_tier, secondary_tiers)
+        self.host = primary_tier
+        self.far = far
+        """Opens and changes the secondary tiers; None where there can be none."""
         self._stored_tiers = [tier for tier in secondary_tiers if isinstance(tier, StoredTier)]
-        self._max_promotions = max(1, int(primary_tier._num_chunks * _PROMOTABLE_FRACTION))
+        self._max_promotions = _max_promotions(primary_tier)
         self._promotions: dict[str, Counter[OffloadKey]] = {}
         self._unwritten: set[OffloadKey] = set()
         self.frozen = False
         """Whether no new chunk is taken in. What is there is found and loaded, from far tiers too."""
+
+    def set_num_rows(self, num_rows: int) -> None:
+        """Let so many rows of host memory hold chunks, between two steps."""
+        self.host.set_limit(num_rows)
+        self._max_promotions = _max_promotions(self.host)
+
+    def change_far(self, before: Config, after: Config, opened: Opened | None) -> None:
+        """Bring the far tiers of `after` into effect, between two steps."""
+        if self.far is None:
+            return
+        new = self.far.change(before, after, opened, self.host.limit)
+        if new is not None:
+            self._append(new)
+        self._metrics._tier_types[:] = [tier.tier_type for tier in self.secondary_tiers]
+        TieringMetricsTracker.tier_label.cache_clear()
+
+    def _append(self, tier: StoredTier) -> None:
+        """One more place at the end: nothing that runs refers to places behind its own."""
+        index = len(self.secondary_tiers)
+        self.secondary_tiers.append(tier)
+        self._stored_tiers.append(tier)
+        self._tier_parents[tier] = _SecondaryTierFacingParent(self, index)
+        self._tier_index[tier] = index
+        self._metrics._tier_states.append(_TierState())
 
     def mark_unwritten(self, keys: Collection[OffloadKey]) -> None:
         """The rows of `keys` did not get their bytes: their store job will complete as a failure."""
@@ -90,6 +128,18 @@ class BoundedTieringManager(TieringOffloadingManager):
         return super().prepare_store(keys, req_context)
 
     @override
+    def _should_store_to_tier(self, tier: SecondaryTierManager, num_blocks: int) -> bool:
+        if isinstance(tier, StoredTier) and not tier.present:
+            return False
+        wanted: bool = super()._should_store_to_tier(tier, num_blocks)
+        return wanted
+
+    @override
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        super().on_schedule_end(context)
+        self.host.settle()
+
+    @override
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         if not self._unwritten.isdisjoint(keys):
             self._unwritten.difference_update(keys)
@@ -105,3 +155,7 @@ class BoundedTieringManager(TieringOffloadingManager):
     def reset_cache(self) -> None:
         self._unwritten.clear()
         super().reset_cache()
+
+
+def _max_promotions(host: HostTier) -> int:
+    return max(1, int(host.limit * _PROMOTABLE_FRACTION))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from typing_extensions import override
@@ -11,27 +10,22 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, Offloa
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from lmcache_ext.config import Config, load_config
+from lmcache_ext.config import load_config
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.far import FarTiers, num_threads
+from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
-from lmcache_ext.offload.serdes import open_serde
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
-from lmcache_ext.stores.base import Store
-from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
-from lmcache_ext.stores.registry import open_store
 
 _MAX_QUEUED_TASKS = 4096
-_PENDING_STORE_FRACTION = 0.5  # of all rows may wait to be written to one tier
 
 
 class LMCacheOffloadingSpec(TieringOffloadingSpec):
@@ -71,15 +65,15 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
             region = self._open_rows(None)
-            primary = CPUPrimaryTierOffloadingManager(
-                num_chunks=self.num_chunks,
+            primary = HostTier(
+                self.num_chunks,
+                region,
                 cache_policy=self.eviction_policy,
                 cache_policy_module_path=self.cache_policy_module_path,
                 enable_events=self.kv_events_config.enable_kv_cache_events,
-                mmap_region=region,
             )
-            tiers = self._open_tiers(primary.get_kv_memoryview())
-            self._manager = BoundedTieringManager(primary, list(tiers))
+            far = self._open_far(primary.get_kv_memoryview())
+            self._manager = BoundedTieringManager(primary, list(far.tiers) if far else [], far)
         return self._manager
 
     def _worker_rank(self) -> int:
@@ -94,60 +88,22 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             worker_bytes=self.cpu_page_size_per_worker,
         )
 
-    def _open_tiers(self, rows: memoryview) -> list[StoredTier]:
+    def _open_far(self, rows: memoryview) -> FarTiers | None:
         namespace = self.extra_config.get(NAMESPACE)
         if namespace is None:
-            return []
+            return None
         config = load_config(connector_extra=self.extra_config)
-        stores = _open_stores(config, self.config.model.dtype)
-        if not stores:
-            return []
-        for store, _ in stores:
-            store.register(rows)
-        pool = JobPool(_num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
-        limits = TierLimits(
-            lookup_timeout_s=config.live.lookup_timeout_ms / 1000,
-            fetch_timeout_s=config.live.blocking_timeout_s,
+        pool = JobPool(num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
+
+        def make_tier(store: Guarded, serde: Serde, limits: TierLimits) -> StoredTier:
+            shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool}
+            return StoredTier(self, rows, store=store, serde=serde, limits=limits, **shared)
+
+        return FarTiers(
+            config,
+            rows,
+            kv_dtype=self.config.model.dtype,
+            num_rows=self.num_chunks,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
-            max_pending_stores=max(1, int(self.num_chunks * _PENDING_STORE_FRACTION)),
+            make_tier=make_tier,
         )
-        shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool, "limits": limits}
-        return [StoredTier(self, rows, store=store, serde=serde, **shared) for store, serde in stores]
-
-
-def _open_stores(config: Config, kv_dtype: str) -> list[tuple[Guarded, Serde]]:
-    """The far tiers, nearest first: disk, then remote."""
-    found: list[tuple[Store, Serde]] = []
-    if config.disk_paths:
-        serde = open_serde(config.local_disk_serde, _origin(config, "local_disk_serde"), kv_dtype=kv_dtype)
-        found.append((DiskStore(config.disk_paths, config.live.disk_capacity_bytes), serde))
-    if config.live.remote_url is not None:
-        serde = open_serde(config.live.remote_serde, _origin(config, "remote_serde"), kv_dtype=kv_dtype)
-        found.append((open_store(config.live.remote_url, options=store_options(config.live.remote_url, config)), serde))
-    return [(_guarded(store, config), serde) for store, serde in found]
-
-
-def _origin(config: Config, key: str) -> str:
-    return f"{config.origin(key).text}: {key}"
-
-
-def _num_threads(config: Config) -> int:
-    """As asked for, or one per core up to eight."""
-    if config.origin("extra_config.disk_io_threads").kind != "default":
-        return config.disk_io_threads
-    return min(8, os.cpu_count() or 1)
-
-
-def _guarded(store: Store, config: Config) -> Guarded:
-    """The breaker around a store; LMCache's health settings replace its own where they were written."""
-    health = config.live.health
-    written = {
-        "failures_to_open": ("get_blocking_failed_threshold", health.failures_before_open),
-        "probe_interval_s": ("ping_interval", health.ping_interval_s),
-        "max_probe_interval_s": ("waiting_time_for_recovery", health.recovery_s),
-    }
-    options: dict[str, Any] = {
-        name: value for name, (key, value) in written.items() if config.origin(f"extra_config.{key}").kind != "default"
-    }
-    lookup_deadline_s = config.live.lookup_timeout_ms / 1000
-    return Guarded(store, deadline_s=config.live.blocking_timeout_s, lookup_deadline_s=lookup_deadline_s, **options)

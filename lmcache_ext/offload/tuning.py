@@ -15,7 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import Offl
 from vllm.logger import init_logger
 
 from lmcache_ext.config import Config
+from lmcache_ext.config_values import in_gib
+from lmcache_ext.errors import ConfigError
 from lmcache_ext.offload import metrics
+from lmcache_ext.offload.far import Opened
+from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.reload import ConfigWatcher, Reload, Status
 
@@ -46,7 +50,7 @@ class Tuning:
         self.live = config.live
         self._scheduler = scheduler
         self._told = Status(config, generation=0)
-        self._watcher = ConfigWatcher(config, load, quiet=scheduler is None).open()
+        self._watcher = ConfigWatcher(config, load, prepare=self._prepare, quiet=scheduler is None).open()
         self._status = self._watcher.status
         self._set_modes()
 
@@ -68,27 +72,73 @@ class Tuning:
             stats.set_gauge(metrics.CONFIG_DIGEST, int(now.digest or "0", 16))
 
     def close(self) -> None:
-        """Stop watching; may be called twice."""
+        """Stop watching, and close what was opened for a change that comes too late; may be called twice."""
         self._watcher.close()
+        while (found := self._watcher.take()) is not None:
+            if found.prepared is not None:
+                found.prepared[0].close()
+
+    @property
+    def _manager(self) -> BoundedTieringManager | None:
+        if self._scheduler is None:
+            return None
+        assert isinstance(self._scheduler.manager, BoundedTieringManager)
+        return self._scheduler.manager
+
+    def _prepare(self, before: Config, after: Config) -> Opened | None:
+        """In the watching thread."""
+        manager = self._manager
+        if manager is None:
+            return None
+        _num_rows(after, manager.host)
+        return manager.far.prepare(before, after) if manager.far is not None else None
 
     def _apply(self, found: Reload) -> None:
         before, self.live = self.live, found.after.live
         if self.live.log_level != before.log_level:
             set_log_level(found.after)
-        if self._scheduler is None:
+        manager = self._manager
+        if manager is None:
             return
         self._set_modes()
+        if self.live.host_capacity_bytes != before.host_capacity_bytes:
+            manager.set_num_rows(_num_rows(found.after, manager.host))
+            _warn_of_too_much(found.after, manager.host)
+        manager.change_far(found.before, found.after, found.prepared)
         logger.info("%s", found)
         for note in found.after.notes:
             if note not in found.before.notes:
                 logger.info("%s", note)
 
     def _set_modes(self) -> None:
-        scheduler = self._scheduler
-        if scheduler is None:
+        scheduler, manager = self._scheduler, self._manager
+        if scheduler is None or manager is None:
             return
-        assert isinstance(scheduler.manager, BoundedTieringManager)
-        scheduler.manager.frozen = self.live.freeze or self.live.bypass
+        manager.frozen = self.live.freeze or self.live.bypass
         prompt_only = not self.live.save_decode_cache
         if scheduler.config.offload_prompt_only != prompt_only:
             scheduler.config = scheduler.config._replace(offload_prompt_only=prompt_only)
+
+
+def _num_rows(config: Config, host: HostTier) -> int:
+    """How many rows the configured capacity allows, at most those that are reserved; ConfigError where it is none."""
+    capacity_bytes, row_bytes = config.live.host_capacity_bytes, host.row_bytes
+    if not capacity_bytes and not config.local_cpu:
+        return host.num_reserved
+    if capacity_bytes < row_bytes:
+        raise ConfigError(
+            f"{config.origin('max_local_cpu_size').text}: max_local_cpu_size: {in_gib(capacity_bytes)} holds no chunk, "
+            f"which takes {row_bytes} bytes: write at least that"
+        )
+    return min(capacity_bytes // row_bytes, host.num_reserved)
+
+
+def _warn_of_too_much(config: Config, host: HostTier) -> None:
+    capacity_bytes, reserved_bytes = config.live.host_capacity_bytes, host.num_reserved * host.row_bytes
+    if capacity_bytes >= reserved_bytes + host.row_bytes:
+        logger.warning(
+            "max_local_cpu_size: %s from %s: %s were reserved at the start, and all of that is used; restart for more",
+            in_gib(capacity_bytes),
+            config.origin("max_local_cpu_size").text,
+            in_gib(reserved_bytes),
+        )

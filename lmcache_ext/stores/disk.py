@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import xxhash
 
-from lmcache_ext.errors import ConfigError, StoreUnavailable
+from lmcache_ext.errors import ConfigError, StoreError, StoreUnavailable
 from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Usage
 from lmcache_ext.stores.disk_io import NO_ROOM, os_errors, read_into, unlink_if_there, write_new
 from lmcache_ext.stores.disk_scan import make_directory, object_path, temporary_name
@@ -122,9 +122,15 @@ class DiskStore(Store):
 
     def set_capacity(self, capacity_bytes: int | None) -> None:
         """Change the limit of a running store; a lower one evicts before this returns."""
-        with os_errors(f"{self.name}: set capacity"):
-            for space in self._spaces:
-                space.set_capacity(_share(capacity_bytes, len(self._spaces)))
+        failures = []
+        for space in self._spaces:
+            try:
+                with os_errors(f"{self.name}: set capacity"):
+                    space.set_capacity(_share(capacity_bytes, len(self._spaces)))
+            except StoreError as error:  # of one root; the others evict all the same
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def close(self) -> None:
         for space in self._spaces:

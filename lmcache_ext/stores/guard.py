@@ -67,6 +67,11 @@ class Breaker:
         self._openings = 0
         self._on_trial = False
 
+    def follow(self, other: Breaker) -> None:
+        """Take over the thresholds of another."""
+        self._failures_to_open = other._failures_to_open
+        self._interval_s, self._max_interval_s = other._interval_s, other._max_interval_s
+
     def succeed(self, kind: str = "") -> bool:
         """A call was good, which ends the row of failures of its kind; whether this closed the breaker."""
         if not self.is_open:
@@ -172,6 +177,13 @@ class Guarded(Store):
 
     def register(self, memory: memoryview) -> None:
         self._store.register(memory)
+
+    def follow(self, other: Guarded) -> None:
+        """Take over the deadlines and thresholds of another; what is open stays so until its next try."""
+        with self._lock:
+            self._deadline_s, self._lookup_deadline_s = other._deadline_s, other._lookup_deadline_s
+            self._reads.follow(other._reads)
+            self._writes.follow(other._writes)
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = self._read("exists", self._lookup_deadline_s, lambda: self._store.exists(keys))

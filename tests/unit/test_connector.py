@@ -120,11 +120,11 @@ class Engine:
             if tokens is not None:
                 return tokens
             self.step()
-            tier = self.scheduler.scheduler.manager.secondary_tiers[0]
-            assert tier._pool.drain(WAIT_S)
-            if any(state.phase.name == "IN_FLIGHT" for state in tier._backing.lookups._lookup_state.values()):
-                answers = tier._backing.lookups._pending_results
-                answers.put(answers.get(timeout=WAIT_S))
+            for tier in self.scheduler.scheduler.manager.secondary_tiers:
+                assert tier._pool.drain(WAIT_S)
+                lookups = tier._backing.lookups
+                if any(state.phase.name == "IN_FLIGHT" for state in lookups._lookup_state.values()):
+                    lookups._pending_results.put(lookups._pending_results.get(timeout=WAIT_S))
         raise AssertionError("never answered")
 
     def begin_load(self, request, blocks):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
+from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from tests.unit.test_tier import NAMESPACE, STEP, Bench, key
@@ -27,7 +27,7 @@ class Machine:
             for rank in (0, None)
         )
         worker.cleanup()
-        self.primary = CPUPrimaryTierOffloadingManager(NUM_ROWS, self.region)
+        self.primary = HostTier(NUM_ROWS, self.region)
         self.bench = Bench(path)
         if limits:
             self.bench.tier.limits = replace(self.bench.tier.limits, **limits)

@@ -9,8 +9,8 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError, StoreError, StoreTimeout
+from lmcache_ext.offload.far import guarded, num_threads, open_disk, open_remote
 from lmcache_ext.offload.serdes import open_serde
-from lmcache_ext.offload.spec import _guarded, _num_threads, _open_stores
 from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.serde.lossless import LosslessSerde
 from lmcache_ext.serde.naive import NaiveSerde
@@ -34,16 +34,16 @@ def fail_reads(guarded, times):
 )
 def test_breaker_opens_after_as_many_failures_as_were_written(tmp_path, text, failures):
     (tmp_path / "file").write_text("")
-    guarded = _guarded(DiskStore([str(tmp_path / "file")], None), config_of(tmp_path, text))  # a file, not a directory
-    fail_reads(guarded, failures - 1)
-    assert not guarded.is_open()
-    fail_reads(guarded, 1)
-    assert guarded.is_open()
-    guarded.close()
+    store = guarded(DiskStore([str(tmp_path / "file")], None), config_of(tmp_path, text))  # a file, not a directory
+    fail_reads(store, failures - 1)
+    assert not store.is_open()
+    fail_reads(store, 1)
+    assert store.is_open()
+    store.close()
 
 
 def test_written_number_of_threads_is_used(tmp_path):
-    assert _num_threads(config_of(tmp_path, "extra_config: {disk_io_threads: 3}")) == 3
+    assert num_threads(config_of(tmp_path, "extra_config: {disk_io_threads: 3}")) == 3
 
 
 def test_remote_store_answers_within_the_blocking_timeout_unless_told_otherwise(tmp_path):
@@ -83,9 +83,8 @@ class TestSerde:
         config = config_of(
             tmp_path, f"local_disk: {tmp_path}\nlocal_disk_serde: lossless\nremote_url: lm://127.0.0.1:1\n"
         )
-        (_, disk), (_, remote) = _open_stores(config, "bfloat16")
-        assert isinstance(disk, LosslessSerde)
-        assert isinstance(remote, NaiveSerde)
+        assert isinstance(open_disk(config, "bfloat16")[1], LosslessSerde)
+        assert isinstance(open_remote(config, "bfloat16")[1], NaiveSerde)
 
     def test_that_is_not_compiled_stops_the_start(self, monkeypatch):
         monkeypatch.setattr("lmcache_ext.ops.lossless.available", lambda: False)
