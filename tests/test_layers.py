@@ -54,6 +54,8 @@ ONLY_IN = {
     "redis": {"stores"},
     "valkey": {"stores"},
     "kubernetes": {"manifests"},
+    "mooncake": {"stores"},
+    "infinistore": {"stores"},
 }
 WITHOUT_TORCH = ("config", "errors", "namespace", "frame", "wire", "stores", "daemons", "manifests")
 
@@ -172,7 +174,7 @@ def test_module_is_imported_only_where_it_belongs(module):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("client", ["redis", "valkey"])
+@pytest.mark.parametrize("client", ["redis", "valkey", "mooncake", "infinistore"])
 def test_a_client_library_is_imported_at_the_top_of_its_store(client):
     for source in sources("lmcache_ext/stores"):
         top = {id(node) for node in source.tree.body}
