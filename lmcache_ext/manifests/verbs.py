@@ -7,7 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
+from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests.check import STDIN, Checked, check, mend, read_files
+from lmcache_ext.manifests.convert.convert import as_text as as_manifests
+from lmcache_ext.manifests.convert.convert import convert
+from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.manifests.findings import SEVERITIES, Finding, as_github, as_json, as_text
 from lmcache_ext.manifests.rules import RULES
 
@@ -26,6 +30,50 @@ def add_to(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to its
     verb.add_argument("--format", choices=("text", "json", "github"), default="text")
     verb.add_argument("--rules", action="store_true", help="list what is looked for, and why")
     verb.set_defaults(run=run_check)
+    _add_convert(verbs)
+
+
+def _add_convert(verbs: Any) -> None:  # noqa: ANN401
+    verb = verbs.add_parser(
+        "convert",
+        help="turn Helm values of production-stack into KServe manifests",
+        description="Manifests go to the standard output, what was not mapped to the standard error.",
+    )
+    defaults = Options()
+    verb.add_argument("values", metavar="VALUES", help="the values file, or - for the standard input")
+    verb.add_argument(
+        "--release", default=defaults.release, help="helm's release name, which begins the Services' names"
+    )
+    verb.add_argument("-n", "--namespace", default=defaults.namespace, help="written into every object if given")
+    verb.add_argument("--runtime", default=defaults.runtime, help="serving runtime; default lmcache-vllm, on CPU -cpu")
+    verb.add_argument("--server-image", default=defaults.server_image, help="image of the cache server")
+    verb.add_argument("--explain", action="store_true", help="say on the standard error where every key went")
+    verb.set_defaults(run=run_convert)
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Print the manifests of one values file; name every key that has no place in them."""
+    options = Options(
+        release=arguments.release,
+        namespace=arguments.namespace,
+        runtime=arguments.runtime,
+        server_image=arguments.server_image,
+    )
+    files, problems = read_files([arguments.values])
+    try:
+        converted = convert(files[0], options) if files else None
+    except ManifestError as error:
+        problems.append(str(error))
+        converted = None
+    if converted is None:
+        _lines(problems, sys.stderr)
+        return UNREADABLE
+    sys.stdout.write(as_manifests(converted, files[0].name))
+    if arguments.explain:
+        _lines((f"{entry.place}: {entry.path} -> {entry.target}" for entry in converted.ledger.mapped), sys.stderr)
+    unmapped = (f"{entry.place}: {entry.path} not mapped: {entry.target}" for entry in converted.ledger.unmapped)
+    _lines([*unmapped, *(f"note: {note}" for note in converted.ledger.notes)], sys.stderr)
+    return CLEAN
 
 
 def run_check(arguments: argparse.Namespace) -> int:
