@@ -66,13 +66,11 @@ int64_t first_violation(const kvx_tensor* tensors, int32_t num_tensors, const in
 }
 
 #if defined(__x86_64__)
-// Copies past the cache: a row is not read again soon, and a store that need not
-// first fetch the line it overwrites leaves the memory bus to the copy.
-void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  const auto head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLineBytes);
-  std::memcpy(to, from, static_cast<size_t>(head));
-  to += head, from += head, bytes -= head;
-  for (; bytes >= kLineBytes; to += kLineBytes, from += kLineBytes, bytes -= kLineBytes) {
+// One aligned line at a time past the cache: a row is not read again soon, and a store that need
+// not first fetch the line it overwrites leaves the memory bus to the copy. `bytes` is a multiple
+// of a line.
+void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (; bytes > 0; to += kLineBytes, from += kLineBytes, bytes -= kLineBytes) {
     const auto* source = reinterpret_cast<const __m128i*>(from);
     auto* target = reinterpret_cast<__m128i*>(to);
     const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
@@ -80,7 +78,29 @@ void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
     _mm_stream_si128(target, a), _mm_stream_si128(target + 1, b);
     _mm_stream_si128(target + 2, c), _mm_stream_si128(target + 3, d);
   }
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+// The same, a line an instruction: 1.08 to 1.1x (Xeon with AVX-512; benchmarks/copy_pages.py).
+__attribute__((target("avx512f"))) void stream_lines_avx512(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (; bytes > 0; to += kLineBytes, from += kLineBytes, bytes -= kLineBytes) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+}
+
+using StreamLines = void (*)(uint8_t*, const uint8_t*, int64_t);
+
+StreamLines fastest_stream() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") ? stream_lines_avx512 : stream_lines;
+}
+
+void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  static const StreamLines lines = fastest_stream();
+  const auto head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLineBytes);
+  const int64_t body = (bytes - head) / kLineBytes * kLineBytes;
+  std::memcpy(to, from, static_cast<size_t>(head));
+  lines(to + head, from + head, body);
+  std::memcpy(to + head + body, from + head + body, static_cast<size_t>(bytes - head - body));
 }
 
 void copy_run(uint8_t* to, const uint8_t* from, int64_t bytes) {
