@@ -11,6 +11,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 
 from lmcache_ext.offload.chunk_io import ChunkIO
+from lmcache_ext.offload.cores import leave_compute_cores
 
 ADAPTER_PARAM = "lmcache_ext.adapter"
 """Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
@@ -49,6 +50,11 @@ class Lookups(AsyncLookupManager):
         """`shutdown` that does not wait for a file system that has gone away; the thread is a daemon."""
         self._lookup_queue.put(None)
         self._thread.join(timeout_s)
+
+    @override
+    def _worker(self) -> None:
+        leave_compute_cores()
+        super()._worker()
 
     @override
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:

@@ -15,6 +15,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from lmcache_ext.config import load_config
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.cores import spare_cores
 from lmcache_ext.offload.far import FarTiers, num_threads
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
@@ -93,7 +94,9 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         if namespace is None:
             return None
         config = load_config(connector_extra=self.extra_config)
-        pool = JobPool(num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store")
+        pool = JobPool(
+            num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store", cpu_affinity=spare_cores()
+        )
 
         def make_tier(store: Guarded, serde: Serde, limits: TierLimits) -> StoredTier:
             shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool}
