@@ -102,6 +102,9 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._adapters = Adapters()
         self._report = HitReport()
         self._stats = OffloadingConnectorStats()
+        self._pace = metrics.Pace()
+        events = vllm_config.kv_events_config
+        self._has_events = events is not None and events.enable_kv_cache_events
         self._asked_at: dict[str, float] = {}
         self._failed_loads: set[str] = set()
         self._failed_jobs: set[int] = set()
@@ -172,6 +175,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._asked_at.pop(req_id, None)
         if tokens < self._tuning.live.min_retrieve_tokens:
             tokens, load = 0, False
+        self._pace.mark()
         self._stats.increase_counter(metrics.LOOKUP_REQUESTS)
         self._stats.increase_counter(metrics.REQUESTED_TOKENS, request.num_tokens)
         self._report.tell(req_id, request.num_tokens, num_computed_tokens + tokens, tokens)
@@ -206,6 +210,8 @@ class LMCacheConnectorV1(OffloadingConnector):
             self._hooks.run("reload", self._tuning.tick, None)
         meta = meta or self._lost_meta()
         meta.idle = scheduler_output.total_num_scheduled_tokens == 0
+        if meta.idle or meta.load_jobs or meta.store_jobs:
+            self._pace.mark()
         meta.failed_loads, self._failed_loads = self._failed_loads, set()
         return meta
 
@@ -230,6 +236,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         for req_id in connector_output.failed_recving:  # it would find, and fail to load, the same chunks again
             self._hooks.bypass(req_id)
         meta = connector_output.kv_connector_worker_meta
+        if meta is not None:
+            self._pace.mark()
         for job_id in getattr(meta, "failed_jobs", ()):
             job = self.scheduler._jobs.get(job_id)
             if job is not None and job.is_store:
@@ -256,13 +264,14 @@ class LMCacheConnectorV1(OffloadingConnector):
     def _request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         self._asked_at.pop(request.request_id, None)
         self._hooks.forget(request.request_id)
+        self._pace.mark()
         if self._hooks.off:
             return False, None
         return self._hooks.run("request_finished", lambda: self.scheduler.request_finished(request), (False, None))
 
     @override
     def take_events(self) -> Iterable[KVCacheEvent]:
-        if self._hooks.off:
+        if self._hooks.off or not self._has_events:
             return ()
         return self._hooks.run("take_events", lambda: list(super(LMCacheConnectorV1, self).take_events()), [])
 
@@ -275,6 +284,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         return self._hooks.run("get_kv_connector_stats", self._take_stats, None)
 
     def _take_stats(self) -> KVConnectorStats | None:
+        if not self._pace.is_due() and not self._hooks.has_failures:
+            return None
         stats, self._stats = self._stats, OffloadingConnectorStats()
         for hook, count in self._hooks.take_failures().items():
             stats.increase_counter(metrics.HOOK_FAILURES, count, (hook,))
@@ -329,6 +340,8 @@ class LMCacheConnectorV1(OffloadingConnector):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         assert self.connector_worker is not None
         loads, copier = self.connector_worker._load_jobs, self.connector_worker.worker
+        if isinstance(copier, HostPageCopier) and not (loads or self._has_failed() or copier.has_news()):
+            return KVConnectorTransferResults()
         if self._metadata.idle and isinstance(copier, HostPageCopier):
             copier.wait_for(set(loads), _IDLE_WAIT_S)
         before = dict(loads)
@@ -342,6 +355,9 @@ class LMCacheConnectorV1(OffloadingConnector):
             failed.update(before[job_id] for job_id in done)
             self._failed_jobs -= done
         return KVConnectorTransferResults(finished_recving=(received or set()) | failed, failed_recving=failed)
+
+    def _has_failed(self) -> bool:
+        return bool(self._metadata.failed_loads or self._failed_loads or self._failed_jobs)
 
     @override
     def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:

@@ -6,9 +6,10 @@ A row's part that one worker owns holds, block after block, one page of every te
            | block 0: t0 t1 .. | block 1: ...  |
 
 Threads:  vLLM's worker thread submits and polls; one thread of ours copies, on cores that the
-          model's compute threads do not use.
+          model's compute threads do not use. Whoever waits for a copy lends a hand: a job is cut into
+          pieces, and the waiting thread takes every other one instead of sleeping.
 Order:    jobs run in the order they were submitted, so a load submitted after a store of the same
-          row sees it.
+          row sees it. The pieces of one job run in any order.
 Owner:    the KV tensors and the region outlive the copier; `shutdown` stops touching them.
 Failure:  a job never raises into vLLM. One that could not be copied is reported finished *and*
           listed by `take_failed`; who asked decides (`lmcache_ext.connector`).
@@ -16,10 +17,10 @@ Failure:  a job never raises into vLLM. One that could not be copied is reported
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,10 +37,14 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
+from lmcache_ext.offload.cores import leave_compute_cores
 from lmcache_ext.ops import pages
 from lmcache_ext.ops.table import Bytes, Int64s, PageTable
 
 logger = init_logger("vllm.lmcache_ext.offload.copier")
+
+# 1 MiB: 0.1 ms of one core, long against the locks around it and short against a whole load
+_PIECE_BYTES = 1024 * 1024
 
 
 class _Job(NamedTuple):
@@ -47,6 +52,25 @@ class _Job(NamedTuple):
     store: bool
     paged: GPULoadStoreSpec
     rows: BlockIDsLoadStoreSpec
+
+
+class _Piece(NamedTuple):
+    """Blocks of one cache group, and where in the rows they lie (bytes)."""
+
+    table: PageTable
+    block_ids: Int64s
+    offsets: Int64s
+
+
+class _Work:
+    """The job under way; all but `store` under the copier's lock."""
+
+    def __init__(self, job: _Job, pieces: deque[_Piece]) -> None:
+        self.job_id = job.job_id
+        self.store = job.store
+        self.left = pieces
+        self.running = 0
+        self.copied_bytes: int | None = 0  # None once a piece failed
 
 
 class HostPageCopier(OffloadingWorker):
@@ -65,6 +89,7 @@ class HostPageCopier(OffloadingWorker):
         self._finished: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._pending: set[int] = set()
+        self._work: _Work | None = None
         self._failed: set[int] = set()
         logger.info("Copying KV pages with the %s copier", pages.backend())
         self._thread = threading.Thread(target=self._run, name="lmcache_ext-copier", daemon=True)
@@ -94,14 +119,27 @@ class HostPageCopier(OffloadingWorker):
         self.wait_for(job_ids, timeout_s=None)
 
     def wait_for(self, job_ids: set[int], timeout_s: float | None) -> bool:
-        """Block until none of `job_ids` is pending, at most `timeout_s` seconds; whether that came true."""
+        """Help until none of `job_ids` is pending, at most about `timeout_s` seconds; whether that came true."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending.isdisjoint(job_ids), timeout_s)
+            while not self._pending.isdisjoint(job_ids):
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return False
+                if self._work is not None and self._work.left:
+                    self._copy_piece(self._work)
+                else:
+                    self._changed.wait(left_s)
+            return True
 
     def is_pending(self, job_id: int) -> bool:
         """Whether the job was submitted and has not finished."""
         with self._changed:
             return job_id in self._pending
+
+    def has_news(self) -> bool:
+        """Whether `get_finished` or `take_failed` has something to give; a step asks this without a lock."""
+        return not self._finished.empty() or bool(self._failed)
 
     def take_failed(self) -> set[int]:
         """Finished jobs whose bytes were not copied, since the last call."""
@@ -126,7 +164,7 @@ class HostPageCopier(OffloadingWorker):
         return True
 
     def _run(self) -> None:
-        _leave_compute_cores()
+        leave_compute_cores()
         while (job := self._queue.get()) is not None:
             begin = time.perf_counter()
             try:
@@ -145,16 +183,54 @@ class HostPageCopier(OffloadingWorker):
             self._pending.discard(job_id)
             self._changed.notify_all()
 
-    def _copy(self, job: _Job) -> int:
-        assert self._rows is not None
-        copied = 0
-        for table, block_ids, offsets in self._parts(job):
-            if job.store:
-                copied += pages.gather_pages(table, block_ids, self._rows, offsets)
-                self._clear_rest(table, offsets)
+    def _copy(self, job: _Job) -> int | None:
+        """Copy all pieces, with whoever helps; bytes, or None where a piece failed."""
+        work = _Work(job, deque(self._pieces(job)))
+        with self._changed:
+            self._work = work
+            self._changed.notify_all()
+            while work.left or work.running:
+                if work.left:
+                    self._copy_piece(work)
+                else:
+                    self._changed.wait()
+            self._work = None
+            return work.copied_bytes
+
+    def _copy_piece(self, work: _Work) -> None:
+        """Take one piece and copy it with the lock let go; called and left with the lock held."""
+        piece = work.left.popleft()
+        work.running += 1
+        self._changed.release()
+        copied = None
+        try:
+            copied = self._move(piece, store=work.store)
+        except Exception:  # of a job, not of the thread that helps with it
+            logger.exception("KV copy job %d failed", work.job_id)
+        finally:
+            self._changed.acquire()
+            work.running -= 1
+            if copied is None or work.copied_bytes is None:
+                work.copied_bytes = None
+                work.left.clear()
             else:
-                copied += pages.scatter_pages(table, block_ids, self._rows, offsets)
+                work.copied_bytes += copied
+            if not work.left and not work.running:
+                self._changed.notify_all()
+
+    def _move(self, piece: _Piece, *, store: bool) -> int:
+        assert self._rows is not None
+        if not store:
+            return pages.scatter_pages(piece.table, piece.block_ids, self._rows, piece.offsets)
+        copied = pages.gather_pages(piece.table, piece.block_ids, self._rows, piece.offsets)
+        self._clear_rest(piece.table, piece.offsets)
         return copied
+
+    def _pieces(self, job: _Job) -> Iterator[_Piece]:
+        for table, block_ids, offsets in self._parts(job):
+            size = max(1, _PIECE_BYTES // table.block_bytes)
+            for begin in range(0, block_ids.size, size):
+                yield _Piece(table, block_ids[begin : begin + size], offsets[begin : begin + size])
 
     def _parts(self, job: _Job) -> Iterator[tuple[PageTable, Int64s, Int64s]]:
         """Each cache group's table, its block ids, and the byte offsets of the same blocks in rows."""
@@ -188,12 +264,3 @@ def _table(kv_caches: CanonicalKVCaches, group: int) -> PageTable:
         tensor = kv_caches.tensors[ref.tensor_idx].tensor
         tensors.append((tensor.data_ptr(), tensor.shape[0], tensor.stride(0), ref.page_size_bytes))
     return PageTable.of(tensors)
-
-
-def _leave_compute_cores() -> None:
-    """Run on the cores the model does not compute on: vLLM pins the worker, and threads inherit that."""
-    try:
-        pinned, allowed = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
-        os.sched_setaffinity(0, (allowed - pinned) or allowed)
-    except OSError:  # a parent we may not look at: stay where we are
-        logger.info("KV copies share the compute cores: no view of the parent's CPU affinity")

@@ -30,6 +30,11 @@ class Hooks:
         self._num_failures = 0
         self._told: set[str] = set()
 
+    @property
+    def has_failures(self) -> bool:
+        """Whether `take_failures` has something to give."""
+        return bool(self._failures)
+
     def bypassed(self, req_id: str) -> bool:
         """Whether the cache is off for this request."""
         return self.off or req_id in self._bypassed

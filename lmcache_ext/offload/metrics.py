@@ -6,6 +6,9 @@ travel in `OffloadingConnectorStats`, and the API process builds the metrics fro
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata, OffloadingMetricMetadata
 
 LOOKUP_REQUESTS = "lmcache:num_lookup_requests"
@@ -47,3 +50,29 @@ def definitions() -> dict[str, OffloadingMetricMetadata]:
         CONFIG_GENERATION: gauge("Live configurations that took effect since the start, which is the first."),
         CONFIG_DIGEST: gauge("First 32 bits of the SHA-256 of the file whose live part is in effect."),
     }
+
+
+class Pace:
+    """Which steps send statistics: those with news, and one a second.
+
+    Collecting and shipping the gauges takes 0.1 ms, which is 2 to 3 % of a decode step of a small model
+    (benchmarks/ttft.py), and in most decode steps nothing has happened.
+    """
+
+    def __init__(self, interval_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = interval_s
+        self._clock = clock
+        self._news = True
+        self._due_at = 0.0
+
+    def mark(self) -> None:
+        """Something happened that a counter should show soon."""
+        self._news = True
+
+    def is_due(self) -> bool:
+        """Whether this step sends; each True starts the interval anew."""
+        now = self._clock()
+        if not self._news and now < self._due_at:
+            return False
+        self._news, self._due_at = False, now + self._interval_s
+        return True

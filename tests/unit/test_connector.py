@@ -267,6 +267,15 @@ class TestReuse:
         assert stats[metrics.REQUESTED_TOKENS] == {(): 100}
         assert stats[metrics.HIT_TOKENS] == {("host",): 96}
 
+    def test_are_told_in_steps_with_news_and_once_a_second(self, warm):
+        warm.step()  # nothing computed: always told, for no step may follow
+        assert warm.scheduler.get_kv_connector_stats() is not None
+        assert warm.scheduler.get_kv_connector_stats() is None
+        warm.match(warm.request("news"))
+        assert warm.scheduler.get_kv_connector_stats() is not None
+        warm.scheduler._pace._due_at = 0.0  # a second later
+        assert warm.scheduler.get_kv_connector_stats() is not None
+
 
 class TestLife:
     @pytest.mark.parametrize(("chosen", "policy"), [({}, "recompute"), ({LOAD_FAILURE_POLICY: "fail"}, "fail")])
@@ -331,6 +340,7 @@ class TestContainment:
     def test_of_the_engine_turns_the_cache_off_and_is_counted(self, warm, monkeypatch, hook):
         call, neutral = ENGINE_HOOKS[hook]
         request = warm.request("again")
+        monkeypatch.setattr(warm.scheduler, "_has_events", True)  # as with --kv-events-config; else nobody asks
         with monkeypatch.context() as patch:
             patch.setattr(warm.scheduler.scheduler, hook, fail)
             assert call(warm, request) == neutral

@@ -206,6 +206,56 @@ def test_waiting_ends_when_the_copy_does_and_not_before(make_rank, monkeypatch):
     assert not rank.copier.is_pending(1)
 
 
+class TestHelp:
+    """Whoever waits for a copy copies pieces of it."""
+
+    @pytest.fixture
+    def submitted(self, make_rank, monkeypatch):
+        """A copier that cuts jobs into single blocks; submits a store of six."""
+        monkeypatch.setattr(copier_module, "_PIECE_BYTES", 1)
+        rank = make_rank(blocks_per_chunk=1)
+
+        def submit():
+            blocks = [1, 3, 5, 7, 9, 11]
+            spec = GPULoadStoreSpec(blocks, group_sizes=[6], block_indices=[0])
+            rank.copier.submit_store(1, spec, CPULoadStoreSpec([0, 1, 2, 3, 4, 5]))
+            return rank, blocks
+
+        return submit
+
+    def test_two_threads_copy_one_job(self, submitted, monkeypatch):
+        gather, both, threads = pages.gather_pages, threading.Barrier(2, timeout=WAIT_S), set()
+
+        def together(*args):
+            both.wait()  # broken, and the job failed, unless two threads are inside at once
+            threads.add(threading.current_thread())
+            return gather(*args)
+
+        monkeypatch.setattr(copier_module.pages, "gather_pages", together)
+        rank, blocks = submitted()
+        assert rank.copier.wait_for({1}, WAIT_S)
+        assert rank.copier.take_failed() == set()
+        assert threads == {threading.current_thread(), rank.copier._thread}
+        for row, block in enumerate(blocks):
+            assert (rank.mine(row) == rank.page(block, 0, 1)).all()
+
+    def test_a_piece_that_fails_fails_the_job_and_not_the_helper(self, submitted, monkeypatch):
+        helping = threading.Event()
+
+        def fail_for_the_helper(*args):
+            if threading.current_thread() is threading.main_thread():
+                helping.set()
+                raise RuntimeError("a bug")
+            assert helping.wait(WAIT_S)
+            return 0
+
+        monkeypatch.setattr(copier_module.pages, "gather_pages", fail_for_the_helper)
+        rank, _ = submitted()
+        assert rank.copier.wait_for({1}, WAIT_S)
+        assert [result.job_id for result in rank.copier.get_finished()] == [1]
+        assert rank.copier.take_failed() == {1}
+
+
 def test_shutdown_finishes_what_was_submitted_and_unmaps_the_region(make_rank):
     rank = make_rank(blocks_per_chunk=1)
     spec = GPULoadStoreSpec([2], group_sizes=[1], block_indices=[0])
