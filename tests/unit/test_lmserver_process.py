@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ import pytest
 from lmcache_ext.daemons.lmserver import main
 from lmcache_ext.errors import StoreError, StoreUnavailable
 from lmcache_ext.stores.disk_scan import list_files
-from lmcache_ext.stores.lmserver import Settings
+from lmcache_ext.stores.lmserver import LMServerStore, Settings
 from lmcache_ext.wire import v2
 from tests.contracts.store_contract import get, key_of, views
 from tests.lm_servers import PATIENT, OldClient, ServerProcess, serving
@@ -65,6 +66,45 @@ def test_a_data_directory_survives_kill_9_and_serves_whole_objects_only(tmp_path
                 assert reply[:2] == (200, MIB)
                 assert data == data[:4] * (MIB // 4)
         store.close()
+
+
+@pytest.mark.e2e
+def test_killed_again_and_again_it_loses_no_acknowledged_object_and_serves_none_torn(tmp_path: Path) -> None:
+    """Ten kills at any moment, keys overwritten all the time: the last acknowledged version is read, or a later one."""
+    options = ["--max-bytes", "64Mi", "--data-dir", str(tmp_path), "--max-disk-bytes", "512Mi"]
+    rng = random.Random(3)
+    acknowledged = [0] * 12
+    begun = [0] * 12
+    for _ in range(10):
+        server = ServerProcess(*options)
+        store = server.store()
+        num_bytes = [MIB * (1 + index % 3) + 64 * index for index in range(12)]
+        for index in range(12):
+            data = get(store, key_of(str(index)), num_bytes[index])
+            version = 0 if data is None else struct.unpack_from("<I", data)[0]
+            assert acknowledged[index] <= version <= begun[index]
+            assert data is None or data == struct.pack("<I", version) * (num_bytes[index] // 4)
+
+        def write(share: int, store: LMServerStore = store, num_bytes: list[int] = num_bytes) -> None:
+            for turn in range(10_000):
+                index = share * 4 + turn % 4
+                begun[index] += 1
+                data = struct.pack("<I", begun[index]) * (num_bytes[index] // 4)
+                try:
+                    store.put(key_of(str(index)), views(data))
+                except StoreError:
+                    return
+                acknowledged[index] = begun[index]
+
+        threads = [threading.Thread(target=write, args=(share,)) for share in range(3)]
+        for thread in threads:
+            thread.start()
+        threads[0].join(rng.uniform(0.05, 0.8))
+        server.kill()
+        for thread in threads:
+            thread.join()
+        store.close()
+    assert min(acknowledged) > 0
 
 
 def test_an_old_clients_metadata_survives_and_a_flipped_bit_is_a_miss(tmp_path: Path) -> None:
