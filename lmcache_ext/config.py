@@ -157,6 +157,8 @@ class Live(_Part):
     blocking_timeout_s: float = 10.0
     lookup_timeout_ms: int = 300  # LMCache: 3000
     min_retrieve_tokens: int = 0
+    remote_min_uses: int = 1
+    promote_on_hit: bool = True
     save_decode_cache: bool = False
     freeze: bool = False  # look up and load, store nothing new
     bypass: bool = False  # neither look up nor store

@@ -81,6 +81,8 @@ _HONOURED = (
     Key("blocking_timeout_secs", seconds, "live.blocking_timeout_s"),
     Key("lookup_timeout_ms", whole(1), "live.lookup_timeout_ms"),
     Key("min_retrieve_tokens", whole(0), "live.min_retrieve_tokens"),
+    Key("remote_min_uses", whole(1), "live.remote_min_uses"),
+    Key("promote_on_hit", boolean, "live.promote_on_hit"),
     Key("freeze", boolean, "live.freeze"),
     Key("bypass", boolean, "live.bypass"),
     Key("lmcache_instance_id", optional(text), "instance_id"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -64,7 +65,7 @@ class FarTiers:
             self._disk_store.register(rows)
             self._disk = make_tier(guarded(self._disk_store, config), serde, limits)
         if (opened := self._open_remote(config)) is not None:
-            self._remote = make_tier(*opened, limits)
+            self._remote = make_tier(*opened, self._remote_limits(config, num_rows))
 
     @property
     def tiers(self) -> list[StoredTier]:
@@ -89,9 +90,10 @@ class FarTiers:
         """Bring `after` into effect between two steps; returns a tier that is new, to be put behind the others."""
         new = None
         if _remote(before) != _remote(after):
-            new = self._put_remote(opened, self._limits(after, num_rows))
+            new = self._put_remote(opened, self._remote_limits(after, num_rows))
         for tier in self.tiers:
-            tier.limits = self._limits(after, num_rows)
+            limits = self._remote_limits if tier is self._remote else self._limits
+            tier.limits = limits(after, num_rows)
             tier.store.follow(guarded(tier.store, after))
         return new
 
@@ -116,7 +118,11 @@ class FarTiers:
             fetch_timeout_s=config.live.blocking_timeout_s,
             flush_timeout_s=self._flush_timeout_s,
             max_pending_stores=max(1, int(num_rows * _PENDING_STORE_FRACTION)),
+            keeps_promoted=config.live.promote_on_hit,
         )
+
+    def _remote_limits(self, config: Config, num_rows: int) -> TierLimits:
+        return replace(self._limits(config, num_rows), min_uses=config.live.remote_min_uses)
 
 
 def open_disk(config: Config, kv_dtype: str) -> tuple[DiskStore, Serde] | None:

@@ -4,6 +4,7 @@
 * A request never promotes so many chunks that it evicts its own prefix.
 * A row whose copy failed is never published.
 * A load pins all of its rows or none.
+* The nearest tier that has a chunk gives it, and the tiers nearer than that one are given it, too.
 
 All methods run in the scheduler's thread.
 """
@@ -22,8 +23,8 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     ScheduleEndContext,
 )
-from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
-from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager, _SecondaryTierFacingParent
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
+from vllm.v1.kv_offload.tiering.manager import JobMetadata, TieringOffloadingManager, _SecondaryTierFacingParent
 from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker, _TierState
 
 from lmcache_ext.config import Config
@@ -98,7 +99,7 @@ class BoundedTieringManager(TieringOffloadingManager):
             if index == exclude_tier_idx or not req_context.load_tier_filter.allows(tier.medium, tier.locality):
                 continue
             found = tier.lookup(key, req_context)
-            if found is LookupResult.HIT:
+            if found is LookupResult.HIT and not retry:  # a nearer tier may have it, and answers soon
                 promoted = self._initiate_promotion(index, key, req_context)
                 return LookupResult.HIT_PENDING if promoted else LookupResult.MISS
             retry |= found is LookupResult.RETRY
@@ -120,6 +121,18 @@ class BoundedTieringManager(TieringOffloadingManager):
         promotions[key] += 1
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
         return started
+
+    @override
+    def _complete_promotion(self, job_metadata: JobMetadata, completed_job: JobResult) -> None:
+        super()._complete_promotion(job_metadata, completed_job)
+        job = job_metadata.transfer_job
+        keys = list(job.keys if completed_job.success else completed_job.successful_keys or ())
+        if not keys or self.frozen:
+            return
+        for index, tier in enumerate(self.secondary_tiers[: job_metadata.tier_idx]):
+            keeps = isinstance(tier, StoredTier) and tier.limits.keeps_promoted
+            if keeps and self._should_store_to_tier(tier, len(keys)):
+                tier.submit_store(self.create_store_job(keys, job.req_context, index))
 
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:

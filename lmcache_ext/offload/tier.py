@@ -25,6 +25,7 @@ from vllm.v1.kv_offload.base import (
     LookupResult,
     Medium,
     OffloadKey,
+    OffloadPolicy,
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
@@ -40,6 +41,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_ext.errors import StoreTimeout
 from lmcache_ext.offload import metrics
+from lmcache_ext.offload.admission import Admission
 from lmcache_ext.offload.backing import Backing
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.offload.lookups import Lookups, adapter_of, far_key
@@ -66,6 +68,10 @@ class TierLimits:
     fetch_timeout_s: float
     flush_timeout_s: float
     max_pending_stores: int
+    min_uses: int = 1
+    """A chunk is written once so many requests have used it lately."""
+    keeps_promoted: bool = True
+    """Whether what was found in a tier farther away is written here, too."""
 
 
 @dataclass(slots=True)
@@ -104,6 +110,7 @@ class StoredTier(SecondaryTierManager):
         """Whether there is a store; without one every lookup is a miss, and nothing may be submitted."""
         self._retired: list[Backing] = []
         self._backing = self._put(store, serde)
+        self._admission = Admission()
         self._loading: dict[JobId, TransferJob] = {}
         self._due: dict[OffloadKey, float] = {}
         self._abandoned: set[OffloadKey] = set()
@@ -171,7 +178,9 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        return RequestOffloadingContext()
+        """With admission, every request offers all of its chunks: those that are in host memory already, too."""
+        counts = self.present and self.limits.min_uses > 1
+        return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL if counts else OffloadPolicy.CHUNK_LEVEL)
 
     @override
     def on_request_finished(self, req_context: ReqContext) -> None:
@@ -189,23 +198,24 @@ class StoredTier(SecondaryTierManager):
         self._loading[job.job_id] = job_metadata
         due = job.begin + self.limits.fetch_timeout_s
         self._due.update((key, due) for key in job_metadata.keys)
-        self._submit(job, job_metadata, self._fetch, urgent=True)
+        self._submit(job, job_metadata, _in_order(job_metadata), self._fetch, urgent=True)
 
     @override
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = self._start(job_metadata)
+        offered = self._admitted(job, _in_order(job_metadata))
         room, refused = self._room(job_metadata)
-        if job.num_keys > room:
-            job.backing.chunks.count_dropped(refused, job.num_keys - room)
-        if room <= 0:
+        if len(offered) > room:
+            job.backing.chunks.count_dropped(refused, len(offered) - max(room, 0))
+        kept = offered[: max(room, 0)]
+        if job.num_keys and not kept:
             job.num_tasks = 1
             self._finish(job, ())
             return
-        kept = min(job.num_keys, room)
-        job.num_tasks = _num_tasks(kept)
+        job.num_tasks = _num_tasks(len(kept))
         with self._lock:
-            self._pending_stores += kept
-        self._submit(job, job_metadata, self._keep, urgent=False, num_keys=kept)
+            self._pending_stores += len(kept)
+        self._submit(job, job_metadata, kept, self._keep, urgent=False)
 
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -215,7 +225,10 @@ class StoredTier(SecondaryTierManager):
                 result = self._finished.get_nowait()
             except queue.Empty:
                 return results
-            self._forget_load(result)
+            if result.job_id in self._loading:
+                self._forget_load(result)
+            elif self.limits.min_uses > 1:
+                self._admission.written(result.successful_keys or ())
             results.append(result)
 
     @override
@@ -327,20 +340,15 @@ class StoredTier(SecondaryTierManager):
         self,
         job: _Job,
         job_metadata: TransferJob,
+        chunks: Sequence[tuple[OffloadKey, int]],
         task: Any,  # noqa: ANN401
         *,
         urgent: bool,
-        num_keys: int | None = None,
     ) -> None:
-        """Queue the first `num_keys` chunks in the order of their prompt: a part of a prefix is worth something."""
+        """Queue chunks (key, row), a few per task."""
         assert self._rows is not None
-        position = job_metadata.req_context.get_offload_key_position
-        pairs = sorted(
-            zip(job_metadata.keys, job_metadata.chunk_ids.tolist(), strict=True),
-            key=lambda pair: position(pair[0]) or 0,
-        )
-        keys = [key for key, _ in pairs[:num_keys]]
-        rows = [memoryview(self._rows[chunk]) for _, chunk in pairs[:num_keys]]
+        keys = [key for key, _ in chunks]
+        rows = [memoryview(self._rows[row]) for _, row in chunks]
         adapter = adapter_of(job_metadata.req_context)
         for begin in range(0, max(1, len(keys)), _CHUNKS_PER_TASK):
             part = slice(begin, begin + _CHUNKS_PER_TASK)
@@ -365,10 +373,17 @@ class StoredTier(SecondaryTierManager):
             return 0, "circuit_open"
         return self.limits.max_pending_stores - self._pending_stores, "backlog"
 
+    def _admitted(self, job: _Job, chunks: list[tuple[OffloadKey, int]]) -> list[tuple[OffloadKey, int]]:
+        """The chunks that enough requests have used, and that were not written since."""
+        if self.limits.min_uses <= 1:
+            return chunks
+        found = [chunk for chunk in chunks if self._admission.admits(chunk[0], self.limits.min_uses)]
+        if len(found) < len(chunks):
+            job.backing.chunks.count_dropped("not_admitted", len(chunks) - len(found))
+        return found
+
     def _forget_load(self, result: JobResult) -> None:
-        job = self._loading.pop(result.job_id, None)
-        if job is None:
-            return
+        job = self._loading.pop(result.job_id)
         for key in job.keys:
             self._due.pop(key, None)
             self._abandoned.discard(key)
@@ -385,6 +400,13 @@ def _count(backing: Backing, stats: OffloadingConnectorStats) -> None:
         stats.increase_counter(metrics.DROPPED_CHUNKS, count, (tier, cause))
     for cause, count in backing.take_failures().items():
         stats.increase_counter(metrics.STORE_FAILURES, count, (tier, cause))
+
+
+def _in_order(job_metadata: TransferJob) -> list[tuple[OffloadKey, int]]:
+    """The job's chunks (key, row) in the order of their prompt: a part of a prefix is worth something."""
+    position = job_metadata.req_context.get_offload_key_position
+    chunks = zip(job_metadata.keys, job_metadata.chunk_ids.tolist(), strict=True)
+    return sorted(chunks, key=lambda chunk: position(chunk[0]) or 0)
 
 
 def _num_tasks(num_keys: int) -> int:

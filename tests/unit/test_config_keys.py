@@ -141,7 +141,7 @@ LEGACY = [
     "nixl_peer_port",
     "nixl_enable_gc",
 ]
-OURS = ["log_level", "local_disk_serde", "freeze", "bypass"]
+OURS = ["log_level", "local_disk_serde", "freeze", "bypass", "remote_min_uses", "promote_on_hit"]
 
 
 def from_file(tmp_path, text, environ=None, connector=None):
