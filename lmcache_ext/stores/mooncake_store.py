@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_ext.errors import ConfigError, StoreError
 from lmcache_ext.stores.base import NAMESPACE_BYTES, Store, Usage
-from lmcache_ext.stores.mooncake_memory import Memory, Pieces, as_bytes
 from lmcache_ext.stores.mooncake_options import MooncakeOptions, parse_options
-from lmcache_ext.stores.mooncake_session import Session
+from lmcache_ext.stores.registered import Memory, Pieces, as_bytes
+from lmcache_ext.stores.session import Session
 from lmcache_ext.stores.turns import Turns
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class MooncakeStore(Store):
         self._lookup_timeout_s = options.lookup_timeout_s
         self._memory = Memory()
         self._turns = Turns()
-        self._session = Session(lambda: connect(self._memory.regions()))
+        self._session = Session(self.name, lambda: connect(self._memory.regions()))
 
     def register(self, memory: memoryview) -> None:
         """Connects in the background: joining takes a moment, and the rows are known by then."""

@@ -65,11 +65,11 @@ class Memory:
 
     def add_rows(self, memory: memoryview) -> None:
         array = np.asarray(memory)
-        self._rows.append((_address(array), array.nbytes))
+        self._rows.append((address_of(array), array.nbytes))
 
     def regions(self) -> list[tuple[int, int]]:
         """Everything to be registered, as (address, bytes)."""
-        return [(_address(self._scratch), self._scratch.nbytes), *self._rows]
+        return [(address_of(self._scratch), self._scratch.nbytes), *self._rows]
 
     @contextmanager
     def slot(self) -> Iterator[memoryview]:
@@ -88,13 +88,13 @@ class Memory:
         """How these parts (bytes, not empty) lie in registered memory; None where they do not, nor fit the slot."""
         found = Pieces()
         for part in parts:
-            address = _address(np.frombuffer(part, np.uint8))
+            address = address_of(np.frombuffer(part, np.uint8))
             if not self._is_registered(address, part.nbytes):
                 if part.nbytes > slot.nbytes:
                     return None
                 stand_in, slot = slot[: part.nbytes], slot[part.nbytes :]
                 found.in_scratch.append((part, stand_in))
-                address = _address(np.frombuffer(stand_in, np.uint8))
+                address = address_of(np.frombuffer(stand_in, np.uint8))
             found.add(address, part.nbytes)
         return found if len(found.sizes) <= _MAX_PIECES else None
 
@@ -102,7 +102,7 @@ class Memory:
         return any(begin <= address and address + num_bytes <= begin + size for begin, size in self._rows)
 
 
-def _address(array: np.ndarray[Any, Any]) -> int:
+def address_of(array: np.ndarray[Any, Any]) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
 
