@@ -14,6 +14,7 @@ from lmcache_ext.manifests.convert.convert import convert
 from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.manifests.findings import SEVERITIES, Finding, as_github, as_json, as_text
 from lmcache_ext.manifests.rules import RULES
+from lmcache_ext.manifests.tune import verb as tune_verb
 
 CLEAN, FINDINGS, UNREADABLE = 0, 1, 2
 
@@ -31,6 +32,7 @@ def add_to(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to its
     verb.add_argument("--rules", action="store_true", help="list what is looked for, and why")
     verb.set_defaults(run=run_check)
     _add_convert(verbs)
+    tune_verb.add_to(verbs)
 
 
 def _add_convert(verbs: Any) -> None:  # noqa: ANN401

@@ -1,0 +1,1 @@
+"""What a server has seen, held against what it was given: a better size for both."""
