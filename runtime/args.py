@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcache_ext.config import load_config
+from lmcache_ext.config import Config, load_config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import check_host_bytes, read_host_memory
 from lmcache_ext.plugin import takes_over
@@ -101,8 +101,9 @@ class Settings:
     http_port: int
     kserve: Namespace  # kserve's own flags
     engine: Namespace  # vLLM's flags
-    cache_source: str | None  # where our cache's settings come from; None when our cache is off
+    cache: Config | None  # our cache's settings; None when it is off
     tokenize_endpoint: bool
+    lmcache_endpoints: bool  # /lmcache/ answers anybody where there is no API key
     openai_prefix: str
     notes: tuple[str, ...]
 
@@ -112,7 +113,12 @@ class Settings:
 
     @property
     def our_cache(self) -> bool:
-        return self.cache_source is not None
+        return self.cache is not None
+
+    @property
+    def cache_source(self) -> str | None:
+        """Where our cache's settings come from."""
+        return None if self.cache is None else self.cache.path or "LMCACHE_* variables"
 
     @property
     def shutdown_timeout_s(self) -> int:
@@ -135,7 +141,7 @@ def parse(argv: Iterable[str]) -> Settings:
     tokens = [Token(ALIASES.get(token.name or "", token.name), token.value) for token in tokens]
     tokens, kv_config = take_kv_transfer(tokens, notes)
     kv_config = wire_connector(kv_config, ours=takes_over()) if kv_config is not None else None
-    cache_source = _check_cache(kv_config) if kv_config is not None and uses_our_cache(kv_config) else None
+    cache = _check_cache(kv_config) if kv_config is not None and uses_our_cache(kv_config) else None
     own_parser = _own_parser()
     own, rest = _parse_own(own_parser, tokens)
     _check_own(own, notes)
@@ -150,8 +156,9 @@ def parse(argv: Iterable[str]) -> Settings:
         http_port=own.http_port,
         kserve=own,
         engine=engine,
-        cache_source=cache_source,
+        cache=cache,
         tokenize_endpoint=own.enable_tokenize_endpoint,
+        lmcache_endpoints=own.enable_lmcache_endpoints,
         openai_prefix=os.environ.get("KSERVE_OPENAI_ROUTE_PREFIX", "/openai").rstrip("/"),
         notes=tuple(notes.lines),
     )
@@ -164,8 +171,8 @@ def set_engine_environment(settings: Settings) -> None:
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(settings.shutdown_timeout_s))
 
 
-def _check_cache(kv_config: Mapping[str, Any]) -> str:
-    """Read the cache's settings as the engine will, so that a bad one ends the start here; returns their source."""
+def _check_cache(kv_config: Mapping[str, Any]) -> Config:
+    """Read the cache's settings as the engine will, so that a bad one ends the start here."""
     try:
         config = load_config(connector_extra=kv_config.get("kv_connector_extra_config"))
         asked = config.origin("max_local_cpu_size")
@@ -173,7 +180,7 @@ def _check_cache(kv_config: Mapping[str, Any]) -> str:
             check_host_bytes(config.live.host_capacity_bytes, read_host_memory(), origin=asked.text)
     except ConfigError as error:
         raise UsageError(str(error)) from None
-    return os.environ.get("LMCACHE_CONFIG_FILE") or "LMCACHE_* variables"
+    return config
 
 
 def _own_parser() -> argparse.ArgumentParser:
@@ -186,6 +193,9 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="auto or vllm")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; told from the model when left out")
     parser.add_argument("--enable_tokenize_endpoint", action="store_true", help="serve /tokenize and /detokenize")
+    parser.add_argument(
+        "--enable_lmcache_endpoints", action="store_true", help="answer /lmcache/ to anybody, if there is no API key"
+    )
     for switch in IGNORED_SWITCHES:
         parser.add_argument(switch, action="store_true", help="accepted; has no effect with vLLM")
     parser.add_argument("--tensor_input_names", help="accepted; has no effect with vLLM")

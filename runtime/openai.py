@@ -53,6 +53,11 @@ class GuardAll(AuthenticationMiddleware):
         await self.app(scope, receive, send)
 
 
+def api_keys(args: Namespace) -> list[str]:
+    """The keys of --api-key or VLLM_API_KEY, any of which opens the server; none where it is open."""
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+
+
 async def build_openai_app(client: EngineClient, args: Namespace, *, tokenize_endpoint: bool) -> FastAPI:
     """vLLM's routers for what the model can do, with vLLM's state, errors, CORS and API keys."""
     tasks = await client.get_supported_tasks()
@@ -72,7 +77,7 @@ async def build_openai_app(client: EngineClient, args: Namespace, *, tokenize_en
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, http_exception_handler)  # an unknown path, in OpenAI's shape
     init_entrypoints_middleware(args, app, tasks)
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    keys = api_keys(args)
     if keys:
         app.add_middleware(GuardAll, tokens=keys)
     await init_app_state(client, app.state, args, tasks)

@@ -34,6 +34,7 @@ from kserve.protocol.rest.v2_endpoints import V2Endpoints, register_v2_endpoints
 
 from runtime.args import Settings
 from runtime.argv import UsageError
+from runtime.cache import CacheRoutes
 from runtime.health import EngineDataPlane
 from runtime.model import EngineModel, end_processes
 from runtime.openai import Gate, build_openai_app, openai_routes
@@ -56,9 +57,9 @@ class _QuietServer(_RefreshingServer):
 
 
 class HttpServer(RESTServer):
-    """kserve's routes that mean something for an engine, and the OpenAI gate."""
+    """kserve's routes that mean something for an engine, the OpenAI gate, and the cache's own."""
 
-    def __init__(self, server: EngineServer, gate: Gate, prefix: str, sock: socket.socket) -> None:
+    def __init__(self, server: EngineServer, gate: Gate, cache: CacheRoutes, sock: socket.socket) -> None:
         super().__init__(
             "kserve.model_server:app",
             server.dataplane,
@@ -72,7 +73,8 @@ class HttpServer(RESTServer):
             ssl_keyfile=server.ssl_keyfile,
         )
         self._gate = gate
-        self._prefix = prefix
+        self._prefix = server.settings.openai_prefix
+        self._cache = cache
         self._sock = sock
         self._latency_logging = server.enable_latency_logging
         self._server: uvicorn.Server = _QuietServer(self.config)
@@ -87,7 +89,7 @@ class HttpServer(RESTServer):
         self._server.should_exit = True
 
     def _register_endpoints(self, app: FastAPI) -> None:
-        app.router.routes.extend(openai_routes(self._gate, self._prefix))
+        app.router.routes.extend([*openai_routes(self._gate, self._prefix), *self._cache.routes()])
         kserve_routes: Any = APIRouter()
         register_v1_endpoints(kserve_routes, self.dataplane, self.model_repository_extension)
         register_v2_endpoints(kserve_routes, self.dataplane, self.model_repository_extension)
@@ -156,13 +158,16 @@ class EngineServer(ModelServer):
         self.setup_event_loop()
         signals = _catch_signals()
         gate = Gate()
-        http = HttpServer(self, gate, self.settings.openai_prefix, sock)
+        cache = CacheRoutes(self.settings)
+        cache.open()
+        http = HttpServer(self, gate, cache, sock)
         serving = asyncio.create_task(http.start())
         try:
             return await self._live(model, gate, signals)
         finally:
             http.close()
             await serving
+            cache.close()
 
     async def _live(self, model: EngineModel, gate: Gate, signals: asyncio.Queue[int]) -> int:
         stop = asyncio.create_task(signals.get())

@@ -70,6 +70,9 @@ class Tuning:
             self._told = now
             stats.set_gauge(metrics.CONFIG_GENERATION, now.generation)
             stats.set_gauge(metrics.CONFIG_DIGEST, int(now.digest or "0", 16))
+            if (manager := self._manager) is not None:
+                capacity_bytes = manager.host.limit * manager.host.row_bytes
+                stats.set_gauge(metrics.TIER_CAPACITY_BYTES, capacity_bytes, ("host",))
 
     def close(self) -> None:
         """Stop watching, and close what was opened for a change that comes too late; may be called twice."""

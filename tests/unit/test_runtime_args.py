@@ -241,3 +241,8 @@ def test_cache_settings_on_the_command_line_are_checked_too(model):
     config = {**json.loads(JSON_CONFIG), "kv_connector_extra_config": {"lmcache.chunk_sise": 256}}
     with pytest.raises(UsageError, match="chunk_size"):
         parse(["--model_dir", model, "--kv-transfer-config", json.dumps(config)])
+
+
+def test_the_caches_endpoints_are_open_to_all_on_request_only(model):
+    assert not parse([f"--model_dir={model}"]).lmcache_endpoints
+    assert parse([f"--model_dir={model}", "--enable-lmcache-endpoints"]).lmcache_endpoints
