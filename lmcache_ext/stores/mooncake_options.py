@@ -61,7 +61,9 @@ class MooncakeOptions:
             return self.local_hostname
         host, _, port = self.master_server_address.rpartition(":")
         try:
-            family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)
+            # without MC_USE_IPV6 the client takes the older kind only
+            family, kind, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
             with socket.socket(family, kind) as sock:  # connecting sends nothing: it only looks up the route
                 sock.connect(address)
                 return str(sock.getsockname()[0])

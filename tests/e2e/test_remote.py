@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import servers
+from tests import mooncake_servers, servers
 from tests.e2e.cache import CHUNK, ask, cache_server, cached_tokens, external_hits, logprobs, prompt
 from tests.e2e.server import Server
 from tests.servers import until
@@ -56,12 +56,19 @@ def lm(directory: Path, stack: ExitStack) -> Backend:
     return f"lm://localhost:{port}", [server.start()]
 
 
+def mooncake(directory: Path, stack: ExitStack) -> Backend:
+    """A master; the engines bring the memory."""
+    master = stack.enter_context(mooncake_servers.master(directory))
+    return f"mooncakestore://localhost:{master.port}/", [master]
+
+
 BACKENDS: dict[str, Callable[[Path, ExitStack], Backend]] = {
     "redis": lambda directory, stack: standalone("redis", directory, stack),
     "redis-sentinel": sentinel,
     "redis-cluster": cluster,
     "valkey": lambda directory, stack: standalone("valkey", directory, stack),
     "lm": lm,
+    "mooncake": mooncake,
 }
 
 
