@@ -54,6 +54,18 @@ logger = init_logger("vllm.lmcache_ext.connector")
 
 _IDLE_WAIT_S = 0.010  # with nothing to compute, waiting for a short copy is cheaper than another step
 _LOOKUP_PATIENCE_S = 15.0  # a request that is still being looked up then is computed
+# Asking again takes 2 us per chunk (benchmarks/ttft.py), in every step, of each request that waits: without
+# progress of a far tier it is done this often, for what only time changes.
+_ASK_AGAIN_S = 0.002
+
+
+@dataclass(slots=True)
+class _Deferred:
+    """A request whose lookup has not been answered."""
+
+    since: float
+    asked_at: float
+    progress: int
 
 
 @dataclass
@@ -105,7 +117,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._pace = metrics.Pace()
         events = vllm_config.kv_events_config
         self._has_events = events is not None and events.enable_kv_cache_events
-        self._asked_at: dict[str, float] = {}
+        self._deferred: dict[str, _Deferred] = {}
         self._failed_loads: set[str] = set()
         self._failed_jobs: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
@@ -163,16 +175,17 @@ class LMCacheConnectorV1(OffloadingConnector):
         )
 
     def _match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        tokens, load = super().get_num_new_matched_tokens(request, num_computed_tokens)
         req_id = request.request_id
+        if self._asked_just_now(req_id):
+            return None, False
+        tokens, load = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if tokens is None:
-            now = time.monotonic()
-            if now - self._asked_at.setdefault(req_id, now) < _LOOKUP_PATIENCE_S:
+            if time.monotonic() - self._deferred[req_id].since < _LOOKUP_PATIENCE_S:
                 return None, False
             logger.warning("Request %s: looked up for %.0f s, computing it instead", req_id, _LOOKUP_PATIENCE_S)
             self._hooks.bypass(req_id)
             tokens, load = 0, False
-        self._asked_at.pop(req_id, None)
+        self._deferred.pop(req_id, None)
         if tokens < self._tuning.live.min_retrieve_tokens:
             tokens, load = 0, False
         self._pace.mark()
@@ -180,6 +193,19 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._stats.increase_counter(metrics.REQUESTED_TOKENS, request.num_tokens)
         self._report.tell(req_id, request.num_tokens, num_computed_tokens + tokens, tokens)
         return tokens, load
+
+    def _asked_just_now(self, req_id: str) -> bool:
+        """Whether asking again would find what it found; if not, it counts as asked now."""
+        assert isinstance(self.scheduler.manager, BoundedTieringManager)
+        now, progress = time.monotonic(), self.scheduler.manager.progress
+        deferred = self._deferred.get(req_id)
+        if deferred is None:
+            self._deferred[req_id] = _Deferred(now, now, progress)
+            return False
+        if progress == deferred.progress and now - deferred.asked_at < _ASK_AGAIN_S:
+            return True
+        deferred.asked_at, deferred.progress = now, progress
+        return False
 
     @override
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -262,7 +288,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         return self._request_finished(request)
 
     def _request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        self._asked_at.pop(request.request_id, None)
+        self._deferred.pop(request.request_id, None)
         self._hooks.forget(request.request_id)
         self._pace.mark()
         if self._hooks.off:

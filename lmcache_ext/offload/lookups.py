@@ -23,6 +23,8 @@ class Lookups(AsyncLookupManager):
     def __init__(self, name: str, chunks: ChunkIO) -> None:
         self._chunks = chunks
         self._asked_at: dict[OffloadKey, float] = {}
+        self.num_answers = 0
+        """Batches answered so far; each is to be taken a moment after it counts."""
         super().__init__(name)
 
     def waits_s(self, key: OffloadKey) -> float:
@@ -59,7 +61,9 @@ class Lookups(AsyncLookupManager):
     @override
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         adapter = adapter_of(req_context)
-        return self._chunks.present([far_key(key, adapter) for key in keys])
+        found = self._chunks.present([far_key(key, adapter) for key in keys])
+        self.num_answers += 1
+        return found
 
 
 def adapter_of(req_context: ReqContext) -> str | None:

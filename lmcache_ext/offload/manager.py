@@ -89,9 +89,16 @@ class BoundedTieringManager(TieringOffloadingManager):
         found = self.primary_tier.lookup(key, req_context)
         if found is LookupResult.MISS:
             return self._lookup_far(key, req_context, exclude_tier_idx)
-        if found is LookupResult.HIT_PENDING and any(tier.is_overdue(key) for tier in self._stored_tiers):
-            return LookupResult.MISS
+        if found is LookupResult.HIT_PENDING:
+            for tier in self._stored_tiers:
+                if tier.is_overdue(key):
+                    return LookupResult.MISS
         return found
+
+    @property
+    def progress(self) -> int:
+        """Another number than before where a request that waits for far tiers may be answered."""
+        return sum(tier.progress for tier in self._stored_tiers)
 
     def _lookup_far(self, key: OffloadKey, req_context: ReqContext, exclude_tier_idx: int | None) -> LookupResult:
         retry = False

@@ -118,6 +118,7 @@ class StoredTier(SecondaryTierManager):
         self._num_queries = 0
         self._num_hits = 0
         self._pending_stores = 0
+        self._num_results = 0
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._usage = Usage(None, None, None)
@@ -165,6 +166,11 @@ class StoredTier(SecondaryTierManager):
         self._num_queries += 1
         self._num_hits += found
         return LookupResult.HIT if found else LookupResult.MISS
+
+    @property
+    def progress(self) -> int:
+        """Another number than before where lookups may find something that they did not."""
+        return self._num_results + self._backing.lookups.num_answers
 
     def is_overdue(self, key: OffloadKey) -> bool:
         """Whether the chunk is being fetched for longer than anybody should wait."""
@@ -328,6 +334,8 @@ class StoredTier(SecondaryTierManager):
                 transfer_bytes=len(job.done) * self.block_size_bytes,
             )
         )
+        with self._lock:
+            self._num_results += 1
 
     # -- inside ----------------------------------------------------------------------------------
 

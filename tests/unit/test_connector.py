@@ -463,12 +463,31 @@ class TestPatience:
         monkeypatch.setattr(warm.scheduler.scheduler, "get_num_new_matched_tokens", lambda *args, **kw: (None, False))
         assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
         monkeypatch.setattr(connector_module, "_LOOKUP_PATIENCE_S", 0.0)
+        monkeypatch.setattr(connector_module, "_ASK_AGAIN_S", 0.0)
         assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
         monkeypatch.undo()
         assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
         warm.finish(request)
-        assert not warm.scheduler._asked_at
+        assert not warm.scheduler._deferred
         assert not warm.scheduler._hooks.bypassed("again")
+
+    def test_asks_again_after_a_while_or_when_a_tier_has_news_and_not_before(self, warm, monkeypatch):
+        request, asked = warm.request("again"), []
+        monkeypatch.setattr(
+            warm.scheduler.scheduler, "get_num_new_matched_tokens", lambda *args, **kw: asked.append(1) or (None, False)
+        )
+        monkeypatch.setattr(connector_module, "_ASK_AGAIN_S", 60.0)
+
+        def ask():
+            assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+            return len(asked)
+
+        assert [ask(), ask()] == [1, 1]
+        (tier,) = warm.scheduler.scheduler.manager.secondary_tiers
+        tier._num_results += 1  # as when a fetch ends
+        assert [ask(), ask()] == [2, 2]
+        monkeypatch.setattr(connector_module, "_ASK_AGAIN_S", 0.0)
+        assert [ask(), ask()] == [3, 4]
 
 
 class TestWorkerMetadata:
