@@ -16,7 +16,7 @@ from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import HostMemory
 from lmcache_ext.offload import identity, settings
 from lmcache_ext.offload.rows import rows_path
-from tests.unit.test_connector import BLOCK, LAYERS, NUM_BLOCKS, PAGE, kv_cache_config, make_vllm_config
+from tests.unit.connector_engine import BLOCK, LAYERS, NUM_BLOCKS, PAGE, kv_cache_config, make_vllm_config
 
 BLOCK_BYTES = len(LAYERS) * PAGE
 GIB = 1024**3

@@ -9,7 +9,8 @@ from vllm.platforms import current_platform
 
 from lmcache_ext.offload import metrics
 from lmcache_ext.reload import INTERVAL_S
-from tests.unit.test_connector import Engine, vllm_config  # noqa: F401  a fixture
+from tests.unit.connector_engine import Engine
+from tests.unit.test_connector import vllm_config  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
 

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from lmcache_ext.offload import metrics
 from tests.servers import until
-from tests.unit.test_connector import PROMPT, WAIT_S
+from tests.unit.connector_engine import PROMPT, WAIT_S
 from tests.unit.test_tuning import BLOCKS, OTHERS, engine, vllm_config  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
