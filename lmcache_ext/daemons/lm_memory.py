@@ -10,6 +10,7 @@ next one as it is, which saves the page faults of fresh memory.
 from __future__ import annotations
 
 import mmap
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ class Memory:
         self.stored_bytes = 0
         self._policy = policy
         self._blocks: dict[str, Block] = {}
-        self._spares: dict[int, list[Block]] = {}
+        self._spares: OrderedDict[int, list[Block]] = OrderedDict()
+        """By size, that of the last use last."""
         self._spare_bytes = 0
         self._pinned_bytes = 0  # of stored blocks that somebody else holds too: evicting them frees nothing yet
 
@@ -88,10 +90,8 @@ class Memory:
             self.counters.num_refused += 1
             return None
         while True:
-            if self._spares.get(charge):
-                block = self._spares[charge].pop()
-                self._spare_bytes -= charge
-                return _again(block, num_bytes)
+            if charge in self._spares:
+                return self._again(charge, num_bytes)
             if self.charged_bytes + charge <= self.capacity_bytes:
                 return self._fresh(num_bytes, charge)
             if not self._drop_spare() and not self._evict():
@@ -136,9 +136,20 @@ class Memory:
             self.charged_bytes -= block.charged_bytes
             return
         self._spares.setdefault(block.charged_bytes, []).append(block)
+        self._spares.move_to_end(block.charged_bytes)
         self._spare_bytes += block.charged_bytes
         while self._spare_bytes > max(self.capacity_bytes // 8, block.charged_bytes) and self._drop_spare():
             pass
+
+    def _again(self, charge: int, num_bytes: int) -> Block:
+        """A spare block of that size, which is there."""
+        blocks = self._spares[charge]
+        block = blocks.pop()
+        self._spares.move_to_end(charge)
+        if not blocks:
+            del self._spares[charge]
+        self._spare_bytes -= charge
+        return Block(num_bytes, charge, block.room)
 
     def _fresh(self, num_bytes: int, charge: int) -> Block | None:
         try:
@@ -172,13 +183,12 @@ class Memory:
         self.let_go(block)
 
     def _drop_spare(self) -> bool:
-        """Give the largest kind of spare block back to the system."""
-        sizes = [charge for charge, blocks in self._spares.items() if blocks]
-        if not sizes:
+        """Give a spare block back to the system, of the size that was not used for the longest."""
+        if not self._spares:
             return False
-        charge = max(sizes)
-        self._spares[charge].pop()
-        if not self._spares[charge]:
+        charge, blocks = next(iter(self._spares.items()))
+        blocks.pop()
+        if not blocks:
             del self._spares[charge]
         self._spare_bytes -= charge
         self.charged_bytes -= charge
@@ -199,7 +209,3 @@ def _allocate(num_bytes: int) -> memoryview:
     if num_bytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapping)
-
-
-def _again(block: Block, num_bytes: int) -> Block:
-    return Block(num_bytes, block.charged_bytes, block.room)

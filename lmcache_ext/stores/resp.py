@@ -62,9 +62,10 @@ def encode(arguments: Sequence[Argument]) -> list[bytes | memoryview]:
     buffers: list[bytes | memoryview] = []
     small = [b"*%d\r\n" % len(arguments)]
     for argument in arguments:
-        if isinstance(argument, bytes | int):
-            text = argument if isinstance(argument, bytes) else b"%d" % argument
-            small.append(b"$%d\r\n%b\r\n" % (len(text), text))
+        if isinstance(argument, int):
+            argument = b"%d" % argument
+        if isinstance(argument, bytes):
+            small.append(b"$%d\r\n%b\r\n" % (len(argument), argument))
             continue
         small.append(b"$%d\r\n" % sum(view.nbytes for view in argument))
         buffers += [b"".join(small), *argument]

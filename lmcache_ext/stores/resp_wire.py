@@ -7,9 +7,9 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-from lmcache_ext.errors import StoreTimeout, StoreUnavailable
+from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
 from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, send_some
 
@@ -67,6 +67,7 @@ class Wire:
         self._num_expected = 0
         self._in_doubt = False
         self._is_stuck = False
+        self._blocks = False
 
     @property
     def goes_on(self) -> bool:
@@ -80,6 +81,7 @@ class Wire:
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used: the other side neither closed it nor sent anything."""
+        self._blocks = False
         try:
             self._socket.settimeout(0.0)
             self._socket.recv(1)
@@ -93,22 +95,28 @@ class Wire:
         """Send everything; `num_replies` are expected then."""
         self._num_expected += num_replies
         views = [view for view in map(bytes_of, buffers) if view.nbytes]
-        with self._errors(deadline):
+        try:
             self._prepare(deadline)
             while views:
                 views = after(views, self._send_some(views, deadline))
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
 
     def reply(self, deadline: Deadline) -> Reply:
         """The next reply, whole."""
-        with self._errors(deadline):
-            self._prepare(deadline)
+        try:
             while isinstance(reply := self._decoder.reply(), Incomplete):
                 self._feed(deadline)
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
         self._num_expected -= 1
         return reply
 
     def ask_all(self, commands: Iterable[Sequence[Argument]], deadline: Deadline) -> list[Reply]:
-        """The replies, in order. Commands are sent ahead while at most AHEAD_BYTES of them are not answered."""
+        """The replies, in order. Commands are sent ahead until AHEAD_BYTES of them are not answered.
+
+        Then half of the answers are awaited, not one: each wait costs two switches of threads.
+        """
         replies: list[Reply] = []
         under_way: deque[tuple[int, int]] = deque()
         ahead_bytes = 0
@@ -116,7 +124,8 @@ class Wire:
             self.send(buffers, num_commands, deadline)
             under_way.append((num_commands, num_bytes))
             ahead_bytes += num_bytes
-            while ahead_bytes > AHEAD_BYTES:
+            is_far_ahead = ahead_bytes > AHEAD_BYTES
+            while is_far_ahead and ahead_bytes > AHEAD_BYTES // 2:
                 num_commands, num_bytes = under_way.popleft()
                 replies += [self.reply(deadline) for _ in range(num_commands)]
                 ahead_bytes -= num_bytes
@@ -124,20 +133,22 @@ class Wire:
 
     def length(self, deadline: Deadline) -> int | ErrorReply | None:
         """The length of the payload that comes next, to be read by `payload`; None or an error where none comes."""
-        with self._errors(deadline):
-            self._prepare(deadline)
+        try:
             while isinstance(length := self._decoder.bulk_length(), Incomplete):
                 self._feed(deadline)
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
         if not isinstance(length, int):
             self._num_expected -= 1
         return length
 
     def peek(self, size: int, deadline: Deadline) -> bytes:
         """The first `size` bytes of the payload that comes next, which is left to `payload`."""
-        with self._errors(deadline):
-            self._prepare(deadline)
+        try:
             while len(self._decoder) < size:
                 self._feed(deadline)
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
         return self._decoder.peek(size)
 
     def payload(self, length: int, views: Sequence[memoryview], deadline: Deadline) -> None:
@@ -146,11 +157,13 @@ class Wire:
         excess = length - sum(view.nbytes for view in views)
         self._is_stuck = excess > MAX_DRAIN_BYTES
         rest = memoryview(bytearray(0 if self._is_stuck else excess + 2))
-        with self._errors(deadline):
+        try:
             self._fill([*views, rest], deadline)
             if self._is_stuck:
                 return
             check_end(bytes(rest[excess:]))
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
         self._num_expected -= 1
 
     def close(self) -> None:
@@ -170,12 +183,14 @@ class Wire:
             left = after(left, _received(self._receive_all(left, deadline)))
 
     def _feed(self, deadline: Deadline) -> None:
+        self._prepare(deadline)
         size = _received(self._receive_some(self._scratch, deadline))
         self._decoder.feed(self._scratch[:size])
 
     def _prepare(self, deadline: Deadline) -> None:
-        deadline.left_s()
-        self._socket.settimeout(None)
+        if not self._blocks:
+            self._socket.settimeout(None)
+            self._blocks = True
 
     def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
         return send_some(self._socket, views, deadline.left_s())
@@ -186,23 +201,15 @@ class Wire:
     def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
         return receive_all(self._socket, views, deadline.left_s())
 
-    @contextmanager
-    def _errors(self, deadline: Deadline) -> Iterator[None]:
-        """Any failure as a StoreError that names the server; afterwards the connection is in doubt."""
-        was_in_doubt, self._in_doubt = self._in_doubt, True
-        try:
-            yield
-        except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise self._timeout(deadline) from error
-        except OSError as error:
-            if error.errno in AGAIN:
-                raise self._timeout(deadline) from error
-            raise StoreUnavailable(f"{self.label}: connection lost: {error}") from error
-        except StoreTimeout as error:
-            raise self._timeout(deadline) from error
-        except StoreUnavailable as error:
-            raise StoreUnavailable(f"{self.label}: {error}") from error
-        self._in_doubt = was_in_doubt
+    def _failure(self, error: OSError | StoreError, deadline: Deadline) -> StoreError:
+        """Any failure as a StoreError that names the server; the connection is in doubt from now on."""
+        self._in_doubt = True
+        is_late = isinstance(error, TimeoutError | ssl.SSLWantReadError | ssl.SSLWantWriteError | StoreTimeout)
+        if is_late or (isinstance(error, OSError) and error.errno in AGAIN):
+            return self._timeout(deadline)
+        if isinstance(error, OSError):
+            return StoreUnavailable(f"{self.label}: connection lost: {error}")
+        return StoreUnavailable(f"{self.label}: {error}")
 
     def _timeout(self, deadline: Deadline) -> StoreTimeout:
         return StoreTimeout(f"{self.label}: no answer within {deadline.timeout_s:.3g} s")
@@ -239,7 +246,7 @@ def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes
         encoded = encode(command)
         buffers += encoded
         num_commands += 1
-        num_bytes += sum(memoryview(buffer).nbytes for buffer in encoded)
+        num_bytes += sum(map(len, encoded))
         if num_bytes >= JOINED_BYTES:
             yield buffers, num_commands, num_bytes
             buffers, num_commands, num_bytes = [], 0, 0
