@@ -9,7 +9,7 @@ they are missing.
 from setuptools import Extension, setup
 
 CSRC = "lmcache_ext/ops/csrc"
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 
 
 def library(name: str, depends: tuple[str, ...] = ()) -> Extension:
@@ -24,4 +24,11 @@ def library(name: str, depends: tuple[str, ...] = ()) -> Extension:
     )
 
 
-setup(ext_modules=[library("pages"), library("lossless", ("rans.h",))])
+setup(
+    ext_modules=[
+        library("pages"),
+        library("lossless", ("rans.h",)),
+        library("fixed", ("elements.h",)),
+        library("cachegen", ("elements.h", "models.h", "rans.h")),
+    ]
+)

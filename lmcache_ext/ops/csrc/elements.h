@@ -1,0 +1,138 @@
+// Rows whose elements are known: where each key and value lies, and what its bits mean.
+//
+// A row holds `layers * heads * blocks` cells, heads counted over all ranks. A cell has the keys and the values of
+// one layer, head and block: `tokens` vectors each. Element (t, d) of its keys lies `k_index[t * k_dim + d]` elements
+// from the cell's beginning, values likewise; an index may be a permutation as odd as an instruction set wants it.
+//
+//     cells[(layer * heads + head) * blocks + block]    bytes from the beginning of the row
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+extern "C" {
+// Rows of ops/layout.py, which has checked that every element lies in the row.
+struct kvx_layout {
+  int64_t row_bytes;
+  const int64_t* cells;
+  const int32_t* k_index;
+  const int32_t* v_index;
+  int32_t dtype;  // kvx::Dtype
+  int32_t layers;
+  int32_t heads;
+  int32_t blocks;
+  int32_t tokens;  // of a block
+  int32_t k_dim;
+  int32_t v_dim;
+};
+}
+
+namespace kvx {
+
+enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+template <typename T>
+T load(const uint8_t* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+void store(uint8_t* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float from_bfloat16(uint16_t h) { return of_bits(static_cast<uint32_t>(h) << 16); }
+
+// To the nearest, ties to even. Finite values only, as everything here is by then.
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_float16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t rest = h & 0x7fff;
+  if (rest >= 0x7c00) return of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  // as a float with the exponent of 2^-112 too little, which one exact multiplication puts right
+  return of_bits(sign | bits_of(of_bits(rest << 13) * of_bits(0x77800000)));
+}
+
+// To the nearest, ties to even; beyond the largest float16, that one.
+inline uint16_t to_float16(float x) {
+  const uint32_t bits = bits_of(x);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t rest = bits & 0x7fffffff;
+  if (rest >= 0x477ff000) return sign | 0x7bff;
+  if (rest < 0x38800000) {  // subnormal: the addition rounds to a multiple of 2^-24
+    return static_cast<uint16_t>(sign | (bits_of(of_bits(rest) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((rest + 0xfff + (rest >> 13 & 1)) - 0x38000000) >> 13);
+}
+
+// What is no finite number becomes 0: it must not spoil the scale of its neighbours.
+inline float tame(float x) { return (bits_of(x) & 0x7f800000) == 0x7f800000 ? 0.0f : x; }
+
+inline int64_t num_cells(const kvx_layout& layout) {
+  return static_cast<int64_t>(layout.layers) * layout.heads * layout.blocks;
+}
+
+// out[0, count) from the elements that `index` names, as float32.
+inline void load_plane(const kvx_layout& layout, const uint8_t* cell, const int32_t* index, int64_t count, float* out) {
+  switch (layout.dtype) {
+    case kFloat32:
+      for (int64_t i = 0; i < count; ++i) out[i] = tame(load<float>(cell + 4 * static_cast<int64_t>(index[i])));
+      break;
+    case kFloat16:
+      for (int64_t i = 0; i < count; ++i) {
+        out[i] = tame(from_float16(load<uint16_t>(cell + 2 * static_cast<int64_t>(index[i]))));
+      }
+      break;
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        out[i] = tame(from_bfloat16(load<uint16_t>(cell + 2 * static_cast<int64_t>(index[i]))));
+      }
+  }
+}
+
+// The elements that `index` names from in[0, count), rounded to the row's dtype.
+inline void store_plane(const kvx_layout& layout, uint8_t* cell, const int32_t* index, int64_t count, const float* in) {
+  switch (layout.dtype) {
+    case kFloat32:
+      for (int64_t i = 0; i < count; ++i) store(cell + 4 * static_cast<int64_t>(index[i]), in[i]);
+      break;
+    case kFloat16:
+      for (int64_t i = 0; i < count; ++i) store(cell + 2 * static_cast<int64_t>(index[i]), to_float16(in[i]));
+      break;
+    default:
+      for (int64_t i = 0; i < count; ++i) store(cell + 2 * static_cast<int64_t>(index[i]), to_bfloat16(in[i]));
+  }
+}
+
+inline float absmax(const float* x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t rest = bits_of(x[i]) & 0x7fffffff;
+    most = rest > most ? rest : most;
+  }
+  return of_bits(most);
+}
+
+// Rounded to the nearest integer, ties to even, of |x| < 2^22.
+inline int32_t round_even(float x) { return static_cast<int32_t>(bits_of(x + 12582912.0f)) - 0x4b400000; }
+
+}  // namespace kvx

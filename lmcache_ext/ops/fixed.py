@@ -1,0 +1,93 @@
+"""Writes rows of known layout in a fixed number of bits for each element: fp8, int8, KIVI's 4 and 2.
+
+Thread: both functions run in any number of threads at once, without the GIL. Owner: nothing is kept
+after the call. Failure: a bad argument is a ``ValueError``; a payload of another layout, version or
+length is a `FrameError`, before the row is touched. The plain twin, `fixed_numpy`, is for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Literal, get_args
+
+import numpy as np
+
+from lmcache_ext.errors import BadPayload, FrameError, LengthMismatch, UnsupportedVersion
+from lmcache_ext.ops import native
+from lmcache_ext.ops.layout import Layout, Struct
+from lmcache_ext.ops.table import Bytes
+
+ABI = 1  # kvx_fixed_abi() in csrc/fixed.cpp
+
+Scheme = Literal["fp8", "int8", "kivi4", "kivi2"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)  # in the order of Scheme in csrc/fixed.cpp
+
+_NO_MEMORY = -4
+_REFUSALS: dict[int, tuple[type[FrameError], str]] = {
+    -1: (LengthMismatch, "payload of {found} bytes, rows of this layout have {expected} as {scheme}"),
+    -2: (UnsupportedVersion, "payload of another version of {scheme}"),
+    -3: (BadPayload, "payload of {found} bytes is of another layout or scheme than {scheme}"),
+}
+
+
+def available() -> bool:
+    """Whether the compiled codec is here."""
+    return _library() is not None
+
+
+def payload_bytes(layout: Layout, scheme: Scheme) -> int:
+    """The length of every payload of rows of this layout."""
+    return int(_loaded().kvx_fixed_bytes(layout.struct, SCHEMES.index(scheme)))
+
+
+def encode(layout: Layout, scheme: Scheme, row: memoryview) -> memoryview:
+    """The payload of a row of `layout.row_bytes`."""
+    source = _row(layout, row)
+    out = np.empty(payload_bytes(layout, scheme), dtype=np.uint8)
+    arguments = (layout.struct, SCHEMES.index(scheme), source.ctypes.data, out.ctypes.data, out.size)
+    if _loaded().kvx_fixed_encode(*arguments) == _NO_MEMORY:
+        raise MemoryError(f"no scratch to encode {layout}")
+    return out.data
+
+
+def decode(layout: Layout, scheme: Scheme, coded: memoryview, row: memoryview) -> None:
+    """Fill the elements of a row, and nothing between them, from a payload."""
+    target = _row(layout, row)
+    if row.readonly:
+        raise ValueError("row: read-only, expected a writable buffer to decode into")
+    source = np.frombuffer(coded, dtype=np.uint8) if coded.nbytes else np.empty(0, dtype=np.uint8)
+    arguments = (layout.struct, SCHEMES.index(scheme), source.ctypes.data, source.size, target.ctypes.data)
+    result = int(_loaded().kvx_fixed_decode(*arguments))
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no scratch to decode {source.size} bytes")
+    if result < 0:
+        kind, text = _REFUSALS[result]
+        raise kind(text.format(found=source.size, expected=payload_bytes(layout, scheme), scheme=scheme))
+
+
+def _row(layout: Layout, row: memoryview) -> Bytes:
+    if row.nbytes != layout.row_bytes:
+        raise ValueError(f"row: {row.nbytes} bytes, the layout is of {layout.row_bytes}")
+    return np.frombuffer(row.cast("B"), dtype=np.uint8)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled codec is missing: this package was installed without a C++ compiler")
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("_fixed", "kvx_fixed_abi", ABI)
+    if library is not None:
+        layout, pointer = ctypes.POINTER(Struct), ctypes.c_void_p
+        int32, int64 = ctypes.c_int32, ctypes.c_int64
+        library.kvx_fixed_bytes.argtypes = [layout, int32]
+        library.kvx_fixed_encode.argtypes = [layout, int32, pointer, pointer, int64]
+        library.kvx_fixed_decode.argtypes = [layout, int32, pointer, int64, pointer]
+        for function in (library.kvx_fixed_bytes, library.kvx_fixed_encode, library.kvx_fixed_decode):
+            function.restype = int64
+    return library
