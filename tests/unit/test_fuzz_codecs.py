@@ -21,13 +21,13 @@ def compiler() -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize("codec", ["lossless"])
+@pytest.mark.parametrize("codec", ["lossless", "fixed", "cachegen"])
 def test_damaged_payloads_are_refused_within_their_bounds(tmp_path, codec):
     program = tmp_path / codec
     command = [
         *compiler(),
         "-std=c++17",
-        "-O1",
+        "-O0",
         "-g",
         *SANITIZERS,
         str(NATIVE / f"fuzz_{codec}.cpp"),

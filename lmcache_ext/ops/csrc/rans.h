@@ -130,15 +130,12 @@ inline void fill(const Model& model, EncodeEntry* entries) {
 
 // ---- encoding
 
-// Codes `count` symbols into the end of [begin, end); returns where the stream begins, or null where
-// there is no room. Every symbol must have a frequency in the model the entries were filled from.
-inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry* entries,
-                       uint8_t* begin, uint8_t* end) {
-  uint32_t states[kLanes];
-  for (uint32_t& state : states) state = kLow;
-  uint8_t* out = end;
+// Codes `count` symbols, the last first, into what ends at `out`, of which [begin, out) is free; returns where they
+// begin, or null where there is no room. Every symbol must have a frequency in the model of the entries.
+inline uint8_t* encode_onto(const uint8_t* symbols, int64_t count, const EncodeEntry* entries,
+                            uint8_t* begin, uint8_t* out, uint32_t* states) {
   for (int64_t group = (count + kLanes - 1) / kLanes - 1; group >= 0; --group) {
-    if (out - begin < kStateBytes + 2 * kLanes) return nullptr;
+    if (out - begin < 2 * kLanes) return nullptr;
     const uint8_t* const in = symbols + group * kLanes;
     const int64_t left = count - group * kLanes;
     for (int lane = static_cast<int>(left < kLanes ? left : kLanes) - 1; lane >= 0; --lane) {
@@ -154,10 +151,23 @@ inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry*
       states[lane] = x + entry.bias + quotient * entry.complement;
     }
   }
-  if (out - begin < kStateBytes) return nullptr;
-  out -= kStateBytes;
-  std::memcpy(out, states, kStateBytes);
   return out;
+}
+
+// Puts the states before the words that begin at `out`; returns where the stream begins, or null.
+inline uint8_t* finish(const uint8_t* begin, uint8_t* out, const uint32_t* states) {
+  if (out - begin < kStateBytes) return nullptr;
+  std::memcpy(out - kStateBytes, states, kStateBytes);
+  return out - kStateBytes;
+}
+
+// One stream of symbols under one model, in the end of [begin, end); null where there is no room.
+inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry* entries,
+                       uint8_t* begin, uint8_t* end) {
+  uint32_t states[kLanes];
+  for (uint32_t& state : states) state = kLow;
+  uint8_t* const out = encode_onto(symbols, count, entries, begin, end, states);
+  return out == nullptr ? nullptr : finish(begin, out, states);
 }
 
 // ---- decoding
@@ -301,26 +311,45 @@ __attribute__((target("avx512f,avx512bw,avx512vl,popcnt"))) inline int64_t decod
 
 #endif  // __x86_64__
 
-// Fills out[0, count) from the stream [stream, stream + bytes); false unless it ends as it must.
-inline bool decode(const uint8_t* stream, int64_t bytes, const DecodeTable& table, uint8_t* out,
-                   int64_t count, Isa isa) {
+// Starts reading the stream [stream, stream + bytes); false where it has no room for states.
+inline bool open(const uint8_t* stream, int64_t bytes, Reader* reader) {
   if (bytes < kStateBytes) return false;
-  Reader reader{stream + kStateBytes, stream + bytes, {}};
-  std::memcpy(reader.states, stream, kStateBytes);
+  reader->words = stream + kStateBytes;
+  reader->end = stream + bytes;
+  std::memcpy(reader->states, stream, kStateBytes);
+  return true;
+}
+
+// Fills out[0, count) with the next symbols, lane 0 first; false where the words run out.
+inline bool decode_from(Reader* reader, const DecodeTable& table, uint8_t* out, int64_t count,
+                        Isa isa) {
   int64_t done = 0;
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) done = decode_avx512(&reader, table, out, count);
-  if (isa == Isa::kAvx2) done = decode_avx2(&reader, table, out, count);
+  if (isa == Isa::kAvx512) done = decode_avx512(reader, table, out, count);
+  if (isa == Isa::kAvx2) done = decode_avx2(reader, table, out, count);
 #endif
-  if (done == 0) done = decode_scalar(&reader, table, out, count);
+  if (done == 0) done = decode_scalar(reader, table, out, count);
   for (; done < count; done += kLanes) {
     const int64_t lanes = count - done < kLanes ? count - done : kLanes;
-    if (!decode_group(&reader, table, out + done, lanes)) return false;
+    if (!decode_group(reader, table, out + done, lanes)) return false;
   }
+  return true;
+}
+
+// Whether every word was taken and every lane is back where encoders start.
+inline bool at_end(const Reader& reader) {
   for (const uint32_t state : reader.states) {
     if (state != kLow) return false;
   }
   return reader.words == reader.end;
+}
+
+// Fills out[0, count) from the stream [stream, stream + bytes); false unless it ends as it must.
+inline bool decode(const uint8_t* stream, int64_t bytes, const DecodeTable& table, uint8_t* out,
+                   int64_t count, Isa isa) {
+  Reader reader;
+  return open(stream, bytes, &reader) && decode_from(&reader, table, out, count, isa) &&
+         at_end(reader);
 }
 
 }  // namespace rans

@@ -1,0 +1,108 @@
+"""Writes rows of known layout in steps, predicted along tokens and entropy coded; `serde/README.md` has the format.
+
+Thread: both functions run in any number of threads at once, without the GIL. Owner: nothing is kept after the call but
+the shared models. Failure: a bad argument is a ``ValueError``; a payload that is not one of ours is a `FrameError`, and
+what it had decoded to by then lies in the row (never beyond it). The plain twin, `cachegen_numpy`, is for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache_ext.errors import BadPayload, FrameError, TruncatedFrame, UnsupportedVersion
+from lmcache_ext.ops import native
+from lmcache_ext.ops.layout import Layout, Struct
+from lmcache_ext.ops.table import Bytes
+
+ABI = 1  # kvx_cachegen_abi() in csrc/cachegen.cpp
+
+Bins = npt.NDArray[np.float32]
+"""(layers, 2): of keys and of values, how many steps cover eight standard deviations."""
+
+_NO_ROOM = -7
+_REFUSALS: dict[int, tuple[type[FrameError], str]] = {
+    -1: (TruncatedFrame, "payload of {found} bytes ends within its header or directory"),
+    -2: (UnsupportedVersion, "payload of another version of cachegen"),
+    -3: (BadPayload, "payload of {found} bytes is of another layout"),
+    -4: (BadPayload, "payload of {found} bytes is not as long as its directory says"),
+    -5: (BadPayload, "payload of {found} bytes has a layer that does not decode"),
+}
+
+
+def available() -> bool:
+    """Whether the compiled codec is here."""
+    return _library() is not None
+
+
+def instruction_sets() -> range:
+    """What `decode` can be told to run on here: 1 is plain C++, then AVX2, then AVX-512."""
+    return range(1, _loaded().kvx_cachegen_isa() + 1)
+
+
+def bound(layout: Layout) -> int:
+    """More than any payload of rows of this layout has: a word and an escape for each element."""
+    lines = layout.layers * layout.heads * sum(layout.dims)
+    return (
+        24 + 8 * layout.layers + layout.layers * 2 * (136 + 4 * layout.heads) + lines * (3 + 6 * _tokens(layout) + 64)
+    )
+
+
+def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
+    """The payload of a row of `layout.row_bytes`."""
+    source = _row(layout, row)
+    if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
+        raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
+    steps = np.ascontiguousarray(bins)
+    out = np.empty(bound(layout), dtype=np.uint8)  # mostly untouched, so mostly no memory
+    arguments = (layout.struct, steps.ctypes.data, source.ctypes.data, out.ctypes.data, out.size)
+    written = int(_loaded().kvx_cachegen_encode(*arguments))
+    if written < 0:
+        raise AssertionError(f"cachegen's encoder ran out of {out.size} bytes: {written}")
+    return out[:written].copy().data  # the rest of `out` must not live as long as the payload
+
+
+def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> None:
+    """Fill the elements of a row from a payload. `isa` 0 is the best here, else one of `instruction_sets`."""
+    target = _row(layout, row)
+    if row.readonly:
+        raise ValueError("row: read-only, expected a writable buffer to decode into")
+    if isa != 0 and isa not in instruction_sets():
+        raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
+    source = np.frombuffer(coded, dtype=np.uint8) if coded.nbytes else np.empty(0, dtype=np.uint8)
+    arguments = (layout.struct, source.ctypes.data, source.size, target.ctypes.data, isa)
+    result = int(_loaded().kvx_cachegen_decode(*arguments))
+    if result < 0:
+        kind, text = _REFUSALS[result]
+        raise kind(text.format(found=source.size))
+
+
+def _tokens(layout: Layout) -> int:
+    return layout.blocks * layout.tokens
+
+
+def _row(layout: Layout, row: memoryview) -> Bytes:
+    if row.nbytes != layout.row_bytes:
+        raise ValueError(f"row: {row.nbytes} bytes, the layout is of {layout.row_bytes}")
+    return np.frombuffer(row.cast("B"), dtype=np.uint8)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled codec is missing: this package was installed without a C++ compiler")
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("_cachegen", "kvx_cachegen_abi", ABI)
+    if library is not None:
+        layout, pointer, int64 = ctypes.POINTER(Struct), ctypes.c_void_p, ctypes.c_int64
+        library.kvx_cachegen_encode.argtypes = [layout, pointer, pointer, pointer, int64]
+        library.kvx_cachegen_decode.argtypes = [layout, pointer, int64, pointer, ctypes.c_int32]
+        library.kvx_cachegen_encode.restype = library.kvx_cachegen_decode.restype = int64
+    return library
