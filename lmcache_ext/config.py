@@ -44,7 +44,7 @@ __all__ = [
 MIN_AUTO_ROW_BYTES = 1024 * 1024  # below it the cost of an object outweighs its bytes
 DEFAULT_INSTANCE_ID = "lmcache_default_instance"
 
-Serde = Literal["naive", "cachegen", "fp8", "lossless"]
+Serde = Literal["naive", "cachegen", "fp8", "int8", "kivi", "kivi2", "lossless"]
 
 
 class Frozen(Mapping[str, Any]):
@@ -206,6 +206,8 @@ class Config(_Part):
     cache_policy: Literal["LRU", "ARC", "LFU", "FIFO", "MRU"] = "LRU"
     disk_paths: tuple[str, ...] = ()
     disk_io_threads: int = 4
+    cachegen_key_bins: tuple[float, ...] = (48.0,)  # by layer, the last for all that follow; see serde/cachegen.py
+    cachegen_value_bins: tuple[float, ...] = (14.0,)
     local_disk_serde: Serde = "naive"
     save_unfull_chunk: bool = False  # LMCache 0.3 and older: true
     enable_async_loading: bool = True

@@ -58,9 +58,8 @@ def _not_needed(note: str, **readers: Reader) -> tuple[Key, ...]:
 
 
 CACHE_POLICIES = ("LRU", "ARC", "LFU", "FIFO", "MRU")
-SERDES = ("naive", "cachegen", "fp8", "lossless")
-# Of older LMCache versions (kivi: of this one too, a stub that changes nothing), all of which mean plain bytes.
-LEGACY_SERDES = ("kivi", "torch", "safetensor", "fast")
+SERDES = ("naive", "cachegen", "fp8", "int8", "kivi", "kivi2", "lossless")
+LEGACY_SERDES = ("torch", "safetensor", "fast")  # of older LMCache versions: all of them mean plain bytes
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _HASHES = ("builtin", "sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 
@@ -309,6 +308,8 @@ _EXTRA_HONOURED = (
     Key("get_blocking_failed_threshold", whole(1), "live.health.failures_before_open"),
     Key("waiting_time_for_recovery", seconds, "live.health.recovery_s"),
     Key("disk_io_threads", whole(1, 256), "disk_io_threads"),
+    Key("cachegen_key_bins", list_of(number(1, 4096)), "cachegen_key_bins"),
+    Key("cachegen_value_bins", list_of(number(1, 4096)), "cachegen_value_bins"),
 )
 _EXTRA_NOT_NEEDED = (
     *_not_needed("blocking_timeout_secs bounds every answer", ping_timeout=seconds),

@@ -14,8 +14,8 @@ from typing import Any
 from vllm.logger import init_logger
 
 from lmcache_ext.config import Config
-from lmcache_ext.errors import StoreError
-from lmcache_ext.offload.serdes import open_serde
+from lmcache_ext.errors import ConfigError, StoreError
+from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
@@ -39,7 +39,8 @@ class FarTiers:
     Owner:    `make_tier` gives a tier its rows, pool and namespace; the tiers own their stores.
     Failure:  a store that cannot be opened is a ConfigError, and nothing has changed.
 
-    `rows` is registered with every store before its first use.
+    `rows` is registered with every store before its first use. `serde_of` opens a serde by its name and where that
+    was written; it raises ConfigError.
     """
 
     def __init__(
@@ -47,20 +48,20 @@ class FarTiers:
         config: Config,
         rows: memoryview,
         *,
-        kv_dtype: str,
+        serde_of: Callable[[str, str], Serde],
         num_rows: int,
         flush_timeout_s: float,
         make_tier: Callable[[Guarded, Serde, TierLimits], StoredTier],
     ) -> None:
         self._rows = rows
-        self._kv_dtype = kv_dtype
+        self._serde_of = serde_of
         self._flush_timeout_s = flush_timeout_s
         self._make_tier = make_tier
         limits = self._limits(config, num_rows)
         self._disk_store: DiskStore | None = None
         self._disk: StoredTier | None = None
         self._remote: StoredTier | None = None
-        if (disk := open_disk(config, kv_dtype)) is not None:
+        if (disk := open_disk(config, serde_of)) is not None:
             self._disk_store, serde = disk
             self._disk_store.register(rows)
             self._disk = make_tier(guarded(self._disk_store, config), serde, limits)
@@ -77,6 +78,11 @@ class FarTiers:
 
         Raises ConfigError. The disk evicts down to a lower limit at once, which may take long.
         """
+        if loss(before) != loss(after):
+            raise ConfigError(
+                f"{_origin(after, 'remote_serde')}: {after.live.remote_serde}: a remote store with another loss, or "
+                "with none where there was one, needs a restart: chunks of this engine are kept apart by their loss"
+            )
         opened = self._open_remote(after) if _remote(before) != _remote(after) else None
         capacity_bytes = after.live.disk_capacity_bytes
         if self._disk_store is not None and before.live.disk_capacity_bytes != capacity_bytes:
@@ -106,7 +112,7 @@ class FarTiers:
         return None
 
     def _open_remote(self, config: Config) -> Opened | None:
-        if (opened := open_remote(config, self._kv_dtype)) is None:
+        if (opened := open_remote(config, self._serde_of)) is None:
             return None
         store, serde = opened
         store.register(self._rows)
@@ -125,20 +131,20 @@ class FarTiers:
         return replace(self._limits(config, num_rows), min_uses=config.live.remote_min_uses)
 
 
-def open_disk(config: Config, kv_dtype: str) -> tuple[DiskStore, Serde] | None:
+def open_disk(config: Config, serde_of: Callable[[str, str], Serde]) -> tuple[DiskStore, Serde] | None:
     """The store of ``local_disk`` and how chunks are written to it; None without one. Raises ConfigError."""
     if not config.disk_paths:
         return None
-    serde = open_serde(config.local_disk_serde, _origin(config, "local_disk_serde"), kv_dtype=kv_dtype)
+    serde = serde_of(config.local_disk_serde, _origin(config, "local_disk_serde"))
     return DiskStore(config.disk_paths, config.live.disk_capacity_bytes), serde
 
 
-def open_remote(config: Config, kv_dtype: str) -> tuple[Store, Serde] | None:
+def open_remote(config: Config, serde_of: Callable[[str, str], Serde]) -> tuple[Store, Serde] | None:
     """The store behind ``remote_url`` and how chunks are written to it; None without one. Raises ConfigError."""
     url = config.live.remote_url
     if url is None:
         return None
-    serde = open_serde(config.live.remote_serde, _origin(config, "remote_serde"), kv_dtype=kv_dtype)
+    serde = serde_of(config.live.remote_serde, _origin(config, "remote_serde"))
     return open_store(url, options=store_options(url, config)), serde
 
 

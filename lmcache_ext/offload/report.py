@@ -20,14 +20,19 @@ def start_line(settings: Settings, namespace: str | None) -> str:
     tiers = [f"host memory {_size(settings.host_bytes)} ({settings.host_bytes // settings.row_bytes} chunks)"]
     if namespace is not None and config.disk_paths:
         capacity = config.live.disk_capacity_bytes
-        tiers.append(f"disk {','.join(config.disk_paths)} {_size(capacity) if capacity else 'unbounded'}")
+        limit = _size(capacity) if capacity else "unbounded"
+        tiers.append(f"disk {','.join(config.disk_paths)} {limit}{_as(config.local_disk_serde)}")
     if namespace is not None and config.live.remote_url is not None:
-        tiers.append(f"remote {masked('remote_url', config.live.remote_url)}")
+        tiers.append(f"remote {masked('remote_url', config.live.remote_url)}{_as(config.live.remote_serde)}")
     return (
         f"LMCache-compatible KV cache is on: {' -> '.join(tiers)}; chunk {settings.tokens_per_chunk} tokens = "
         f"{_size(settings.row_bytes)}; policy {config.cache_policy}; "
         f"instance {config.instance_id}; namespace {namespace or 'none (host memory only)'}"
     )
+
+
+def _as(serde: str) -> str:
+    return "" if serde == "naive" else f" as {serde}"
 
 
 class HitReport:

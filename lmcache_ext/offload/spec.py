@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from typing_extensions import override
@@ -12,14 +14,16 @@ from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from lmcache_ext.config import load_config
+from lmcache_ext.config import Config, load_config
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.cores import spare_cores
+from lmcache_ext.offload.element_layout import KV_PAGES, row_layout
 from lmcache_ext.offload.far import FarTiers, num_threads
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
+from lmcache_ext.offload.serdes import loss, open_serde, with_loss
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
@@ -99,14 +103,31 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         )
 
         def make_tier(store: Guarded, serde: Serde, limits: TierLimits) -> StoredTier:
-            shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool}
+            shared: dict[str, Any] = {"namespace": with_loss(bytes.fromhex(namespace), loss(config)), "pool": pool}
             return StoredTier(self, rows, store=store, serde=serde, limits=limits, **shared)
 
         return FarTiers(
             config,
             rows,
-            kv_dtype=self.config.model.dtype,
+            serde_of=self._serde_opener(config),
             num_rows=self.num_chunks,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             make_tier=make_tier,
+        )
+
+    def _serde_opener(self, config: Config) -> Callable[[str, str], Serde]:
+        layout, opaque = row_layout(
+            self.extra_config[KV_PAGES],
+            row_bytes=self.kv_bytes_per_chunk,
+            rank_bytes=self.cpu_page_size_per_worker,
+            ranks=1 if self.replicated_layout else self.config.parallel.world_size,
+            blocks=self.blocks_per_chunk,
+        )
+        return partial(
+            open_serde,
+            kv_dtype=self.config.model.dtype,
+            layout=layout,
+            opaque=opaque,
+            key_bins=config.cachegen_key_bins,
+            value_bins=config.cachegen_value_bins,
         )

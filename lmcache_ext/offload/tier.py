@@ -130,7 +130,7 @@ class StoredTier(SecondaryTierManager):
     def _put(self, store: Guarded, serde: Serde) -> Backing:
         self.tier_type = store.name
         self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
-        chunks = ChunkIO(store, serde, self._namespace, readable_serdes(serde))
+        chunks = ChunkIO(store, serde, self._namespace, readable_serdes())
         return Backing(store, chunks, Lookups(store.name, chunks))
 
     def replace(self, store: Guarded | None, serde: Serde | None = None) -> None:

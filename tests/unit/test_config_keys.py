@@ -289,6 +289,8 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
         "get_blocking_failed_threshold": 5,
         "waiting_time_for_recovery": 9,
         "disk_io_threads": 2,
+        "cachegen_key_bins": "64, 48",
+        "cachegen_value_bins": 12,
     }
     config = from_file(tmp_path, yaml.safe_dump({"extra_config": options}))
     remote = config.live.remote
@@ -299,6 +301,7 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
     assert (remote.request_timeout_s, remote.connect_timeout_s) == (2.0, 1.0)
     assert tuple(config.live.health.model_dump().values()) == (3.0, 5, 9.0)
     assert config.disk_io_threads == 2
+    assert (config.cachegen_key_bins, config.cachegen_value_bins) == ((64.0, 48.0), (12.0,))
     assert dict(config.live.extra_config) == options
     assert config.notes == ()
 

@@ -34,7 +34,7 @@ def store(tmp_path):
 
 
 def chunks(store, serde):
-    return ChunkIO(store, serde, NAMESPACE, readable_serdes(serde))
+    return ChunkIO(store, serde, NAMESPACE, readable_serdes())
 
 
 def stored_bytes(store) -> bytes:

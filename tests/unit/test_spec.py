@@ -8,12 +8,9 @@ import time
 import pytest
 
 from lmcache_ext.config import load_config
-from lmcache_ext.errors import ConfigError, StoreError, StoreTimeout
-from lmcache_ext.offload.far import guarded, num_threads, open_disk, open_remote
-from lmcache_ext.offload.serdes import open_serde
+from lmcache_ext.errors import StoreError, StoreTimeout
+from lmcache_ext.offload.far import guarded, num_threads
 from lmcache_ext.offload.store_options import store_options
-from lmcache_ext.serde.lossless import LosslessSerde
-from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.registry import open_store
 
@@ -76,17 +73,3 @@ def test_fetch_from_a_cache_server_ends_within_the_blocking_timeout(tmp_path):
             store.get_into(bytes(17), [])
         assert time.monotonic() - started_at < 0.5
         store.close()
-
-
-class TestSerde:
-    def test_is_the_one_its_tier_was_told(self, tmp_path):
-        config = config_of(
-            tmp_path, f"local_disk: {tmp_path}\nlocal_disk_serde: lossless\nremote_url: lm://127.0.0.1:1\n"
-        )
-        assert isinstance(open_disk(config, "bfloat16")[1], LosslessSerde)
-        assert isinstance(open_remote(config, "bfloat16")[1], NaiveSerde)
-
-    def test_that_is_not_compiled_stops_the_start(self, monkeypatch):
-        monkeypatch.setattr("lmcache_ext.ops.lossless.available", lambda: False)
-        with pytest.raises(ConfigError, match=r"a\.yaml:1: remote_serde: lossless needs the compiled .*write naive"):
-            open_serde("lossless", "a.yaml:1: remote_serde", kv_dtype="bfloat16")
