@@ -28,6 +28,7 @@ e2e: setup  ## tests that start real servers
 bench: setup  ## each benchmark prints its baseline next to it
 	$(PY) benchmarks/copy_pages.py
 	$(PY) benchmarks/ttft.py
+	$(PY) benchmarks/serde.py
 
 style: setup  ## formatting and lint; `.venv/bin/ruff format` mends the first
 	$(PY) -m ruff format --check $(CODE)

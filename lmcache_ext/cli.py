@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmcache_ext import __version__
 from lmcache_ext.config import load_config
@@ -51,6 +53,15 @@ def server(arguments: argparse.Namespace) -> int:
     return lmserver.main(arguments.arguments, prog="lmcache-ext server")
 
 
+def serde_bench(arguments: argparse.Namespace) -> int:
+    """Measure the serdes: what they save, how fast they are, and what the model makes of their loss."""
+    program = Path(__file__).resolve().parents[1] / "benchmarks" / "serde.py"
+    if not program.exists():
+        print(f"{program} is not here: benchmarks come with a checkout of the sources, not a package", file=sys.stderr)
+        return REFUSED
+    return subprocess.run([sys.executable, program, *arguments.arguments], check=False).returncode
+
+
 def _print_columns(rows: Sequence[tuple[str, str, str]]) -> None:
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for first, second, third in rows:
@@ -75,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("server", help="serve a cache for lm:// clients", add_help=False, prefix_chars="\0")
     verb.add_argument("arguments", nargs="*", metavar="HOST PORT [DEVICE]")
     verb.set_defaults(run=server)
+
+    verb = verbs.add_parser("serde", help="measure how chunks can be written")
+    verb = verb.add_subparsers(metavar="bench", required=True).add_parser("bench", add_help=False, prefix_chars="\0")
+    verb.add_argument("arguments", nargs="*", help="of benchmarks/serde.py")
+    verb.set_defaults(run=serde_bench)
     return parser
 
 

@@ -69,3 +69,14 @@ def test_the_module_is_a_program(file):
     command = [sys.executable, "-m", "lmcache_ext.cli", "check-config", "--no-environment", str(file)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_serde_bench_hands_its_arguments_to_the_benchmark(capfd):
+    assert main(["serde", "bench", "--help"]) == 0
+    assert "--documents" in capfd.readouterr().out
+
+
+def test_serde_bench_says_where_it_is_not(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("lmcache_ext.cli.__file__", str(tmp_path / "lmcache_ext" / "cli.py"))
+    assert main(["serde", "bench"]) == 2
+    assert "come with a checkout" in capsys.readouterr().err
