@@ -26,7 +26,7 @@ def library(name: str, depends: tuple[str, ...] = ()) -> Extension:
 
 setup(
     ext_modules=[
-        library("pages"),
+        library("pages", ("pages.h",)),
         library("lossless", ("rans.h",)),
         library("fixed", ("elements.h",)),
         library("cachegen", ("elements.h", "models.h", "rans.h")),

@@ -13,22 +13,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "pages.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define KVX_EXPORT extern "C" __attribute__((visibility("default")))
 
-struct kvx_tensor {
-  uint8_t* base;         // first byte of block 0
-  int64_t num_blocks;    // blocks in this tensor
-  int64_t block_stride;  // bytes from one block to the next
-  int64_t page_bytes;    // bytes of one block that belong to the page
-};
-
-static_assert(sizeof(kvx_tensor) == 32, "ops/table.py passes rows of four int64");
-
 namespace {
+
+using kvx::first_violation;
 
 constexpr int64_t kLineBytes = 64;
 // 4 KiB: the smallest page measured, and streaming wins from there on in both
@@ -36,34 +31,6 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kStreamFromBytes = 4096;
 
 enum class Direction { kGather, kScatter };
-
-bool tensor_is_sound(const kvx_tensor& t) {
-  int64_t end = 0;
-  return t.num_blocks > 0 && t.block_stride >= 0 && t.page_bytes > 0 &&
-         (t.page_bytes <= t.block_stride || t.num_blocks == 1) &&
-         !__builtin_mul_overflow(t.num_blocks, t.block_stride, &end);
-}
-
-// 0 if every copy stays inside its buffers; otherwise -(1 + i) for the first bad
-// block i, or -(1 + num_blocks + j) for the first bad tensor j.
-int64_t first_violation(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
-                        const int64_t* row_offsets, int64_t num_blocks, int64_t rows_bytes) {
-  int64_t fewest_blocks = INT64_MAX;
-  int64_t block_bytes = 0;
-  for (int32_t j = 0; j < num_tensors; ++j) {
-    if (!tensor_is_sound(tensors[j]) ||
-        __builtin_add_overflow(block_bytes, tensors[j].page_bytes, &block_bytes)) {
-      return -(1 + num_blocks + j);
-    }
-    if (tensors[j].num_blocks < fewest_blocks) fewest_blocks = tensors[j].num_blocks;
-  }
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    const bool inside = block_ids[i] >= 0 && block_ids[i] < fewest_blocks && row_offsets[i] >= 0 &&
-                        row_offsets[i] <= rows_bytes - block_bytes;
-    if (!inside) return -(1 + i);
-  }
-  return 0;
-}
 
 #if defined(__x86_64__)
 // One aligned line at a time past the cache: a row is not read again soon, and a store that need

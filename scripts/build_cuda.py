@@ -1,0 +1,54 @@
+"""Builds the CUDA page copier, lmcache_ext/ops/_pages_cuda.so, for every architecture we name.
+
+Run: ``python scripts/build_cuda.py [--nvcc PATH] [--out FILE]``. Needs nvcc 12.1 or newer and no GPU. Architectures
+that this nvcc does not know are left out, and PTX of the newest one it knows is added for GPUs to come. The result runs
+on any driver of the same major version of CUDA or a newer one.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OPS = Path(__file__).resolve().parents[1] / "lmcache_ext" / "ops"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+def known_to(nvcc: str) -> list[int]:
+    """Those of our architectures that this compiler can write code for."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [number for number in ARCHITECTURES if f"compute_{number}" in listed]
+
+
+def command(nvcc: str, architectures: list[int], out: Path) -> list[str]:
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    newest = architectures[-1]
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+        "-Werror=all-warnings",
+    ]
+    return [nvcc, *flags, *targets, str(OPS / "csrc" / "pages.cu"), "-o", str(out)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    parser.add_argument("--out", type=Path, default=OPS / "_pages_cuda.so")
+    options = parser.parse_args()
+    if shutil.which(options.nvcc) is None:
+        print(f"{options.nvcc} is not here: install CUDA's compiler, or name it with --nvcc", file=sys.stderr)
+        return 2
+    architectures = known_to(options.nvcc)
+    built = subprocess.run(command(options.nvcc, architectures, options.out), check=False)
+    if built.returncode == 0:
+        print(f"{options.out}: sm_{', sm_'.join(map(str, architectures))} and PTX")
+    return built.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
