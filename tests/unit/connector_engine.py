@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from types import SimpleNamespace
 
@@ -98,7 +99,8 @@ class Engine:
 
     def match(self, request):
         """The connector's final answer, stepping while it says that it does not know yet."""
-        for _ in range(20):
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
             tokens, _ = self.scheduler.get_num_new_matched_tokens(request, 0)
             if tokens is not None:
                 return tokens
