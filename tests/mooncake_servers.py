@@ -60,7 +60,7 @@ def owner(address: str, *, num_bytes: int = 256 * MIB, metadata: str = "P2PHANDS
     """A process that holds a segment of the store, as another engine would."""
     command = [sys.executable, "-c", OWNER, address, metadata, str(num_bytes)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, text=True, env={**os.environ, "MC_LOG_LEVEL": "ERROR"}, **pipes)
+    process = subprocess.Popen(command, text=True, **pipes)
     try:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "ready"

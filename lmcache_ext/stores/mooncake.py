@@ -73,7 +73,8 @@ class Client:
             )
             _check(code, f"could not join the store of {options.master_server_address}")
             for address, num_bytes in memory:
-                _check(self._native.register_buffer(address, num_bytes), f"could not register {num_bytes} bytes")
+                code = self._native.register_buffer(address, num_bytes)
+                _check(code, f"could not register {num_bytes} bytes (for RDMA, is `ulimit -l` large enough?)")
             self._placement = ReplicateConfig()
             self._placement.replica_num = options.num_replicas
             if options.prefer_local_alloc:

@@ -53,6 +53,7 @@ class MooncakeOptions:
             "MC_HANDSHAKE_CONNECT_TIMEOUT": timeout_s,
             "MC_STORE_CLIENT_SETUP_RETRIES": "1",
             "MC_LOG_LEVEL": "ERROR",
+            "GLOG_minloglevel": "2",  # the same, before it has read the other one
         }
 
     def own_address(self) -> str:
