@@ -44,7 +44,7 @@ class Store(ABC):
     """Short label for logs and metrics, e.g. ``disk``."""
 
     def register(self, memory: memoryview) -> None:  # noqa: B027 - most stores have nothing to do
-        """Learn of memory that most parts of objects will lie in; before any object moves, and mapped until `close`.
+        """Learn of memory that most parts of objects will lie in; before any other call, and mapped until `close`.
 
         A store whose transfers need to know (RDMA) tells its client. Reads and writes nothing, raises no StoreError.
         """

@@ -85,11 +85,18 @@ def stores_again(store: Store, name: str) -> bool:
         return False
 
 
-def fill_rows(store: Store) -> memoryview:
-    """Two registered rows of 1 MiB, the first of them stored as `row`."""
+def with_rows(store: Store) -> memoryview:
+    """Join with two registered rows of 1 MiB."""
     rows = memoryview(mmap.mmap(-1, 2 * MIB))
-    store.register(rows)
     rows[:MIB] = b"r" * MIB
+    store.register(rows)
+    connected(store)
+    return rows
+
+
+def with_rows_stored(store: Store) -> memoryview:
+    """The same, and the first of them is stored as `row`."""
+    rows = with_rows(store)
     store.put(key_of("row"), [rows[:MIB]])
     return rows
 
@@ -107,8 +114,8 @@ def test_nobody_waits_for_a_master_that_is_away_and_it_is_found_when_it_comes(tm
 
 
 def test_calls_end_in_time_while_the_master_is_dead_and_succeed_when_it_is_back(server, closing):
-    store = closing(connected(opened(server.address, global_segment_bytes=64 * MIB)))
-    rows = fill_rows(store)
+    store = closing(opened(server.address, global_segment_bytes=64 * MIB))
+    rows = with_rows_stored(store)
     server.kill()
     fails_within(lambda: store.exists([key_of("row")]), LOOKUP_S)
     fails_within(lambda: store.get_into(key_of("row"), [rows[MIB:]]), 1.0)
@@ -134,9 +141,9 @@ def test_calls_end_in_time_while_the_master_hangs(server, closing):
 
 
 def test_an_object_whose_engine_died_is_a_failure_and_then_a_miss(server, closing):
-    store = closing(connected(opened(server.address)))
+    store = closing(opened(server.address))
     with owner(server.address) as engine:
-        rows = fill_rows(store)
+        rows = with_rows_stored(store)
         engine.kill()
         engine.wait()
         fails_within(lambda: store.get_into(key_of("row"), [rows[MIB:]]), 1.0)
@@ -155,6 +162,33 @@ def test_a_full_store_says_so_and_makes_room(tmp_path, closing):
         until(lambda: stores_again(store, "room"), "the oldest are evicted")
 
 
+def test_what_does_not_fit_memory_comes_back_from_the_ssd(tmp_path, closing, monkeypatch):
+    """In a file each and at once, for by itself Mooncake writes 256 MiB together."""
+    monkeypatch.setenv("MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR", "file_per_key_storage_backend")
+    monkeypatch.setenv("MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS", "1")
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    with master(tmp_path, "-enable_offload=true", "-default_kv_lease_ttl=100") as server:
+        store = closing(opened(server.address, global_segment_bytes=32 * MIB, storage_root_dir=str(ssd)))
+        rows = with_rows(store)
+        for index in range(64):
+            rows[:MIB] = bytes([index]) * MIB
+            until(lambda index=index: put_succeeds(store, str(index), rows[:MIB]), "there is room")
+        keys = [key_of(str(index)) for index in range(64)]
+        assert store.exists(keys) == [True] * 64
+        for index, key in enumerate(keys):
+            assert store.get_into(key, [rows[MIB:]]) == MIB
+            assert rows[MIB:] == bytes([index]) * MIB
+
+
+def put_succeeds(store: Store, name: str, row: memoryview) -> bool:
+    try:
+        store.put(key_of(name), [row])
+    except StoreFull:
+        return False
+    return True
+
+
 def test_an_engine_that_hangs_costs_its_objects_and_nothing_is_written_late(server, closing, monkeypatch):
     monkeypatch.setenv("MC_TCP_PROGRESS_TIMEOUT_SEC", "1")
     monkeypatch.setenv("MC_TCP_STATUS_TIMEOUT_SEC", "1")
@@ -162,9 +196,9 @@ def test_an_engine_that_hangs_costs_its_objects_and_nothing_is_written_late(serv
     from lmcache_ext.stores.mooncake import Client
 
     # a read that fails after a second counts as one whose bytes may still come
-    store = closing(connected(MooncakeStore(settings, partial(Client, settings, certain_s=0.5))))
+    store = closing(MooncakeStore(settings, partial(Client, settings, certain_s=0.5)))
     with owner(server.address) as engine:
-        rows = fill_rows(store)
+        rows = with_rows_stored(store)
         assert store.get_into(key_of("row"), [rows[MIB:]]) == MIB
         rows[MIB:] = bytes(MIB)
         engine.send_signal(signal.SIGSTOP)
