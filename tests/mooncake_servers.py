@@ -15,7 +15,7 @@ import pytest
 from tests.servers import Server, free_port
 
 MIB = 1024**2
-INSTALL = "pip install mooncake-transfer-engine-non-cuda; apt-get install libibverbs1 librdmacm1"
+INSTALL = "pip install mooncake-transfer-engine-non-cuda; apt-get install libibverbs1 librdmacm1 libcurl4"
 
 OWNER = """
 import sys, mooncake.store
