@@ -98,6 +98,8 @@ spec:
         httpGet:
           path: /v2/health/ready
           port: 8080
+      livenessProbe:
+        tcpSocket: {port: 8080}
       resources:
         limits: {memory: 24Gi, nvidia.com/gpu: "1"}
 """

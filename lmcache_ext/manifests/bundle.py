@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from lmcache_ext.config_keys import KEYS, RENAMED
+from lmcache_ext.config_keys import KEYS, RENAMED, nearest
 from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests.guides import code_blocks, is_guide
 from lmcache_ext.manifests.nodes import Node, documents, inner_window
-from lmcache_ext.manifests.text import File
+from lmcache_ext.manifests.text import File, Window
 
-LMCACHE, HELM, REQUEST, URL, UNKNOWN = "LMCache file", "Helm values", "request", "URL", "unknown"
+LMCACHE, HELM, REQUEST, URL, FILE = "LMCache file", "Helm values", "request", "URL", "file name"
+UNKNOWN = "unknown"
 _SETTINGS = {*KEYS, *RENAMED, "local_device", "extra_config"}
 _HELM = ("servingEngineSpec", "cacheserverSpec", "routerSpec")
 T = TypeVar("T")
@@ -81,7 +83,7 @@ def read_bundle(files: Iterable[File]) -> Bundle:
     found: list[Document] = []
     unreadable: list[str] = []
     for file in files:
-        windows = code_blocks(file) if is_guide(file.name) else [file.window()]
+        windows = code_blocks(file) if is_guide(file.name) else [_window(file)]
         for window in windows:
             try:
                 for node in documents(window):
@@ -89,6 +91,12 @@ def read_bundle(files: Iterable[File]) -> Bundle:
             except ManifestError as error:
                 unreadable.append(str(error))
     return Bundle(tuple(found), tuple(unreadable))
+
+
+def _window(file: File) -> Window:
+    """The whole file. In JSON a tab is only ever a blank, which YAML does not take for one."""
+    whole = file.window()
+    return replace(whole, text=file.text.replace("\t", " ")) if file.name.endswith(".json") else whole
 
 
 def _documents(node: Node) -> list[Document]:
@@ -106,11 +114,23 @@ def kind_of(node: Node) -> str:
         return node.text_at("kind")
     if node.is_scalar and node.text.startswith(("http://", "https://")):
         return URL
+    if node.is_scalar and node.text.endswith((".yaml", ".yml")):
+        return FILE
     if names & {*_HELM}:
         return HELM
     if "prompt" in names or {"model", "messages"} <= names:
         return REQUEST
-    return LMCACHE if names & _SETTINGS else UNKNOWN
+    return LMCACHE if names & _SETTINGS or _all_misspelt(names) else UNKNOWN
+
+
+def _all_misspelt(names: set[str]) -> bool:
+    """Whether every key looks like a setting: a file of one line with a typo is still an LMCache file."""
+    return bool(names) and all(_looks_like_setting(name) for name in names)
+
+
+def _looks_like_setting(name: str) -> bool:
+    near = nearest(name)
+    return near is not None and difflib.SequenceMatcher(None, name, near).ratio() > 0.8
 
 
 def _within(config_map: Document) -> list[Document]:

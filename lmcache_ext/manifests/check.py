@@ -16,7 +16,7 @@ from lmcache_ext.manifests.text import Edit, File, apply
 
 STDIN = "-"
 MAX_FILE_BYTES = 8 * 1024 * 1024
-_MANIFESTS = (".yaml", ".yml", ".json")
+_MANIFESTS = (".yaml", ".yml")  # in directories; a file that is named is read whatever its name
 _MAX_ROUNDS = 20  # a fix can bring up another finding; none ever took more than four
 
 
@@ -46,7 +46,7 @@ def _paths(name: str) -> Iterator[str]:
         return
     found = sorted(str(path) for path in Path(name).rglob("*") if path.suffix in _MANIFESTS and path.is_file())
     if not found:
-        raise ManifestError(f"{name}: no .yaml, .yml or .json file in it")
+        raise ManifestError(f"{name}: no .yaml or .yml file in it")
     yield from found
 
 

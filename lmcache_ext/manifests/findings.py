@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,14 +52,26 @@ class Finding:
         return bool(self.edits)
 
 
+_IGNORE = re.compile(r"#.*\blmcache-ext: ignore(?:\[([\w, -]*)\])?")
+
+
 def run(rules: Iterable[Rule], bundle: Bundle) -> list[Finding]:
-    """All findings of all rules, by place; what two documents share is reported once."""
+    """All findings of all rules, by place; what two documents share is reported once.
+
+    A line that ends in ``# lmcache-ext: ignore[rule]`` has none of that rule, without ``[rule]`` none at all.
+    """
     found = {
         Finding(_place(each), rule.id, rule.severity, each.message, rule.why, each.fix, each.edits)
         for rule in rules
         for each in rule.find(bundle)
+        if not _is_ignored(each, rule.id)
     }
     return sorted(found, key=lambda one: (one.place, SEVERITIES.index(one.severity), one.rule, one.message))
+
+
+def _is_ignored(found: Found, rule: str) -> bool:
+    ignored = _IGNORE.search(found.node.window.file.line(_place(found).line))
+    return ignored is not None and (ignored[1] is None or rule in re.split("[, ]+", ignored[1]))
 
 
 def _place(found: Found) -> Place:

@@ -13,6 +13,8 @@ _SHELL = {"sh", "bash", "shell", "console", ""}
 _FENCE = re.compile(r"( *)(```+) *([A-Za-z]*)")
 _DIRECTIVE = re.compile(r"( *)\.\. (?:code-block|code|sourcecode):: *([A-Za-z]*)")
 # curl's -d '...' or --data '...', whose body is JSON: what is sent to a server
+# the values or manifest a command is given
+_FILE = re.compile(r"(?<=-f )[\w./-]+\.ya?ml\b|(?<=--values )[\w./-]+\.ya?ml\b")
 _URL = re.compile(r"https?://[^\s'\"\\]+/completions")
 _BODY = re.compile(r"(?:-d|--data|--data-raw) +'(\{.*?\})'", re.DOTALL)
 
@@ -28,7 +30,8 @@ def code_blocks(file: File) -> list[Window]:
         if language in _YAML:
             found.append(block)
         elif language in _SHELL:
-            found += [_span(block, *match.span()) for match in _URL.finditer(block.text)]
+            for words in (_URL, _FILE):
+                found += [_span(block, *match.span()) for match in words.finditer(block.text)]
             found += [_span(block, *match.span(1)) for match in _BODY.finditer(block.text)]
     return found
 

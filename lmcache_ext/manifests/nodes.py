@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -21,14 +21,17 @@ _STRING = "tag:yaml.org,2002:str"
 _NULL = "tag:yaml.org,2002:null"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """One value in a document; ``key`` is what it stands under, ``parent`` what it stands in."""
 
     window: Window
     raw: yaml.Node
     key: yaml.ScalarNode | None = None
-    parent: Node | None = field(default=None, repr=False)
+    parent: Node | None = None
+
+    def __repr__(self) -> str:
+        return f"Node({self.place})"  # PyYAML's own writes out every alias, which a few lines can make endless
 
     @property
     def is_mapping(self) -> bool:
@@ -173,7 +176,9 @@ def replace(node: Node, value: object) -> Edits:
     """Write another value there, in the quotes of the old one if it had any."""
     raw = node.raw
     style = raw.style if isinstance(raw, yaml.ScalarNode) and isinstance(value, str) else None
-    text = json.dumps(value, ensure_ascii=False) if style == '"' else scalar(value)
+    in_flow = node.parent is not None and bool(getattr(node.parent.raw, "flow_style", False))
+    as_json = style == '"' or (in_flow and isinstance(value, dict | list))  # the file may be JSON, which is YAML too
+    text = json.dumps(value, ensure_ascii=False) if as_json else scalar(value)
     if style == "'":
         text = "'" + str(value).replace("'", "''") + "'"
     gap = " " if raw.start_mark.index == raw.end_mark.index else ""  # a key without a value

@@ -58,6 +58,12 @@ class File:
         line = bisect_right(self._starts, offset)
         return Place(self.name, line, offset - self._starts[line - 1] + 1)
 
+    def line(self, number: int) -> str:
+        """A line by its number, from 1."""
+        start = self._starts[number - 1]
+        end = self.text.find("\n", start)
+        return self.text[start:] if end < 0 else self.text[start:end]
+
     def window(self) -> Window:
         """The whole file."""
         return Window(self, self.text, tuple(self._starts), "")

@@ -23,6 +23,12 @@ LONG = '{"model": "m", "prompt": "' + "word " * 400 + '"}\n'
 
 REQUEST_TRAPS = [
     Trap("prompt-short", LONG, (("word " * 400, "Hello"), ('"prompt": ', '"prompt": §')), None),
+    Trap(
+        "file-name",
+        "values-06-remote-storage.yaml # as values-06-remote-storage.yaml\n",
+        (("values-06-remote-storage.yaml #", "§values-06-storage.yaml #"),),
+        (),
+    ),
     Trap("route", "http://h:30080/v1/completions\n", (("http://h:30080/v1", "§http://h:30080"),), ()),
 ]
 
@@ -72,6 +78,34 @@ def test_a_finding_says_where_what_why_and_what_to_do(folder, capsys):
         "    fix: write 240, or auto; on CPU a multiple of 128 (--fix writes it)\n"
         "1 error; --fix mends 1\n"
     )
+
+
+def test_a_line_can_be_excused_from_a_rule_or_from_all(folder, capsys):
+    for comment in ("# lmcache-ext: ignore", "# odd, lmcache-ext: ignore[chunk-block, kind]"):
+        (folder / "bad.yaml").write_text(f"chunk_size: 250 {comment}\n")
+        assert main(["check", "bad.yaml"]) == 0
+    (folder / "bad.yaml").write_text("chunk_size: 250 # lmcache-ext: ignore[kind]\n")
+    assert main(["check", "bad.yaml"]) == 1
+
+
+def test_a_file_of_one_typo_is_still_an_lmcache_file(folder, capsys):
+    (folder / "x.yaml").write_text("chunksize: 256\n")
+    assert main(["check", "x.yaml"]) == 1
+    assert "chunksize is not a known setting [setting-unknown]" in capsys.readouterr().out
+
+
+def test_json_manifests_stay_json(folder):
+    manifest = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "p"},
+        "spec": {"containers": [{"name": "c", "args": [1], "env": [{"name": "HF_TOKEN", "value": "hf_1"}]}]},
+    }
+    (folder / "x.json").write_text(json.dumps(manifest, indent="\t"))
+    assert main(["check", "--fix", "x.json"]) == 0
+    (container,) = json.loads((folder / "x.json").read_text())["spec"]["containers"]
+    assert container["args"] == ["1"]
+    assert container["env"][0]["valueFrom"]["secretKeyRef"]["key"] == "HF_TOKEN"
 
 
 def test_json(folder, capsys):
@@ -157,7 +191,9 @@ def test_bytes_that_are_no_text_are_unreadable(folder, capsys):
 
 def test_a_bomb_of_aliases_and_a_pit_of_lists_are_survived():
     rows = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
-    assert check_text("\n".join(rows) + "\n").findings == []
+    found = check_text("\n".join(rows) + "\n")
+    assert [one.rule for one in found.findings] == ["unknown-document"]
+    assert len(repr(found.bundle)) < 1000
     (line,) = check([File("pit.yaml", "[" * 1000)]).unreadable
     assert line.startswith("pit.yaml:1:1: not valid YAML")
 
@@ -166,6 +202,13 @@ def test_secrets_in_a_value_are_not_shown():
     result = check_text("remote_url: redis://:hunter2@h:x\n")
     assert [one[0] for one in failures(result)] == ["setting-value"]
     assert "hunter2" not in result.findings[0].message
+
+
+def test_a_number_in_a_secret_is_not_shown():
+    secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData:\n  pin: 123456\n"
+    result = check_text(secret)
+    assert [one[0] for one in failures(result)] == ["not-a-string"]
+    assert "123456" not in result.findings[0].message + result.findings[0].fix
 
 
 def test_windows_line_ends_are_no_obstacle():

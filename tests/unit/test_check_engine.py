@@ -50,6 +50,8 @@ TRAPS = [
         (("        requests:\n", '        requests:\n          nvidia.com/gpu: "1"\n'),),
     ),
     Trap("container-name", RUNTIME, (("name: kserve-container", "§name: vllm"),), ()),
+    Trap("kind", ENGINE, (("kind: InferenceService", "kind: §InferenceServise"),), ()),
+    Trap("unknown-document", ENGINE, (("# settings\n", "§colour: blue\n---\n"),), None),
     # settings
     Trap("setting-unknown", ENGINE, (("    chunk_size: 256", "    §chunkSize: 256"),), ()),
     Trap(
@@ -176,6 +178,7 @@ TRAPS = [
         "connector-old", ENGINE, ((TRANSFER, TRANSFER.replace("- -", "- §-").replace("ConnectorV1", "Connector")),), ()
     ),
     Trap("kv-role", ENGINE, ((TRANSFER, TRANSFER.replace("- -", "- §-").replace("kv_both", "kv_producer")),), ()),
+    Trap("model-name", ENGINE, (("        - --model_name=", "        - §--model-name="),), ()),
     Trap(
         "workers",
         ENGINE,
@@ -309,6 +312,31 @@ TRAPS = [
             ),
         ),
         (("  name: lmcache-vllm\n", "  name: lmcache-vllm\n  annotations:\n    a: b\n"),),
+    ),
+    Trap(
+        "probe-missing",
+        RUNTIME,
+        (
+            ("      livenessProbe:\n        tcpSocket: {port: 8080}\n", ""),
+            ("    - name: kserve", "    - §name: kserve"),
+        ),
+        (
+            ("      livenessProbe:\n        tcpSocket: {port: 8080}\n", ""),
+            (
+                '        limits: {memory: 24Gi, nvidia.com/gpu: "1"}\n',
+                '        limits: {memory: 24Gi, nvidia.com/gpu: "1"}\n'
+                "      livenessProbe:\n        httpGet:\n          path: /v2/health/live\n          port: 8080\n",
+            ),
+        ),
+    ),
+    Trap(
+        "knative-lifecycle",
+        ENGINE,
+        (
+            (GRACE, GRACE),
+            (MODEL, MODEL.replace("      args", "      §lifecycle: {preStop: {sleep: {seconds: 5}}}\n      args")),
+        ),
+        None,
     ),
     # host memory
     Trap(

@@ -34,10 +34,12 @@ FOUND = {
     "004_redis.yaml": [
         "18:11 redis-unbounded warning",
         "18:11 server-unbounded warning",
+        "18:11 server-forgets note",
         "19:18 image-latest note",
     ],
     "004_lm_server_deployment.yaml": [
         "18:11 server-unbounded warning",
+        "18:11 server-forgets note",
         "21:15 server-command warning",
         "23:15 not-a-string error",
     ],
@@ -122,9 +124,10 @@ GUIDE = """\
      port: 8080
    ```
 
-2. Ask:
+2. Run `helm install -f` with `values-06-shared.yaml`, and ask:
 
 ```sh
+helm install x -f values-06-remote-shared.yaml
 curl -X POST http://localhost:30080/completions -d '{
   "prompt": "Hello",
   "max_tokens": 1}'
@@ -138,8 +141,9 @@ def test_the_code_blocks_of_a_guide_are_checked_where_they_stand(tmp_path):
     files, _ = read_files([str(path)])
     assert summary(check(files).findings) == [
         "11:12 not-a-string error",
-        "17:14 route warning",
-        "18:13 prompt-short warning",
+        "17:19 file-name warning",
+        "18:14 route warning",
+        "19:13 prompt-short warning",
     ]
     fixed = mend(files).fixed[0].text
     assert '     port: "8080"\n   ```\n' in fixed

@@ -149,6 +149,7 @@ STORE_TRAPS = [
         ((ARGS, "          command: [lmcache_server, 0.0.0.0, '8080']\n"), ("redis:7.4", "runtime:1.0")),
     ),
     Trap("service-port", STORES, (("targetPort: 6379", "targetPort: §6380"),), ()),
+    Trap("server-forgets", STORES, (("        - name: redis\n", "        - §name: redis\n"),), None),
     Trap("image-latest", STORES, (("image: redis:7.4", "image: §redis:latest"),), None),
     Trap(
         "placeholder",

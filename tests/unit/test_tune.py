@@ -229,6 +229,20 @@ def test_dry_run_shows_facts_reasons_and_a_diff(tmp_path, capsys):
     assert manifest.read_text() == ENGINE
 
 
+def test_passwords_near_a_change_are_not_shown(tmp_path, capsys):
+    manifest = tmp_path / "x.yaml"
+    secrets = '    remote_url: "redis://me:hunter2@redis:6379"\n    extra_config: {}\n'
+    text = ENGINE.replace("sizeLimit: 3Gi", "sizeLimit: 1Gi").replace("    max_local_cpu_size: 2.0\n", secrets)
+    manifest.write_text(text.replace("    # tuned in May\n", "    max_local_cpu_size: 2  # by me@home\n"))
+    seen = tmp_path / "metrics.txt"
+    seen.write_text(metrics(started_s=time.time() - 10 * HOUR_S))
+    assert main(["tune", "--dry-run", "--configmap", "lmcache-config", "--metrics", str(seen), str(manifest)]) == 0
+    out = capsys.readouterr().out
+    assert "hunter2" not in out
+    assert '     remote_url: "redis://me:***@redis:6379"\n' in out
+    assert "+    max_local_cpu_size: 25  # by me@home\n" in out
+
+
 def test_dry_run_without_metrics_looks_at_what_cannot_work(tmp_path, capsys):
     manifest = tmp_path / "x.yaml"
     manifest.write_text(ENGINE.replace("sizeLimit: 3Gi", "sizeLimit: 1Gi"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests import chart
 from lmcache_ext.manifests.bundle import HELM, kind_of
+from lmcache_ext.manifests.check import check, mend
 from lmcache_ext.manifests.convert import models, servers
 from lmcache_ext.manifests.convert.ledger import Ledger, Section, Values
 from lmcache_ext.manifests.convert.options import Options
@@ -17,6 +19,7 @@ from lmcache_ext.manifests.convert.settings import FILE, Cache, lmcache_settings
 from lmcache_ext.manifests.nodes import documents
 from lmcache_ext.manifests.text import File
 
+_PLACE = re.compile(r" \(manifests:[0-9]+:[0-9]+\)")
 _NO_RAY = "a model over several nodes is KServe's workerSpec: see its multi-node runtimes"
 _PROBES = "the runtime's probes ask the engine, at /v2/health"
 _ELSEWHERE = {
@@ -211,8 +214,16 @@ def _yaml(value: object) -> str:
 
 
 def as_text(converted: Converted, source: str) -> str:
-    """The manifests, under a comment with all that was not mapped and all that is different."""
+    """The manifests, under a comment with all that was not mapped and all that is different.
+
+    Values that could not have worked (a buffer larger than its pod) are mended as ``check --fix`` would, and named.
+    """
     ledger = converted.ledger
+    file = File("manifests", "---\n".join(_yaml(each) for each in converted.objects))
+    for finding in check([file]).findings:
+        if finding.fixable and finding.severity != "note":
+            ledger.note(f"mended: {_PLACE.sub('', finding.message)}: {finding.fix}")
+    (body,) = mend([file]).fixed or (file,)
     lines = [f"# KServe manifests for {source}, by lmcache-ext convert."]
     if ledger.unmapped:
         lines.append("# Not mapped:")
@@ -220,7 +231,7 @@ def as_text(converted: Converted, source: str) -> str:
     if ledger.notes:
         lines.append("# Different:")
         lines += [f"#   {_line(note)}" for note in ledger.notes]
-    return "\n".join(lines) + "\n" + "---\n".join(_yaml(each) for each in converted.objects)
+    return "\n".join(lines) + "\n" + body.text
 
 
 def _line(text: str) -> str:

@@ -1,13 +1,26 @@
 """The traps, one rule each."""
 
 from lmcache_ext.manifests.findings import Rule
-from lmcache_ext.manifests.rules import disk, engine, helm, memory, mounts, remote, requests, schema, servers, settings
+from lmcache_ext.manifests.rules import (
+    disk,
+    engine,
+    helm,
+    lifecycle,
+    memory,
+    mounts,
+    remote,
+    requests,
+    schema,
+    servers,
+    settings,
+)
 
 RULES: tuple[Rule, ...] = (
     *schema.RULES,
     *settings.RULES,
     *mounts.RULES,
     *engine.RULES,
+    *lifecycle.RULES,
     *memory.RULES,
     *disk.RULES,
     *remote.RULES,

@@ -1,4 +1,4 @@
-"""The engine's command line, variables, probes and shutdown."""
+"""The engine's command line, its variables, and the sizes of its chunks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from collections.abc import Iterator, Mapping
 from lmcache_ext.config_keys import OTHER_VARIABLES, nearest
 from lmcache_ext.config_merge import is_known
 from lmcache_ext.config_sources import is_service_link
+from lmcache_ext.config_urls import MASK, is_secret
 from lmcache_ext.manifests.bundle import Bundle
 from lmcache_ext.manifests.caches import CONNECTORS, Cache, caches, unquoted
 from lmcache_ext.manifests.findings import Found, Rule
-from lmcache_ext.manifests.nodes import Edits, Node, add_item, put, remove, replace
-from lmcache_ext.manifests.pods import Arg, Container, Pod, pods
+from lmcache_ext.manifests.nodes import Edits, Node, add_item, replace
+from lmcache_ext.manifests.pods import Arg, Container, pods
 
 TRANSFER = '--kv-transfer-config={"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}'
-SHUTDOWN_S = 30  # this runtime's default of --shutdown-timeout
-AFTER_SHUTDOWN_S = 20  # workers, the last writes, the interpreter
-DEFAULT_GRACE_S = 30  # Kubernetes'
 CPU_BLOCK, GPU_BLOCK = 128, 16
 _ALIKE = 0.75  # a slip of the finger; below it, a variable of somebody else's
 # Fields of vLLM's KVTransferConfig that vLLM 0.32 no longer has: it refuses them at the start.
@@ -50,6 +48,9 @@ def _quotes(bundle: Bundle) -> Iterator[Found]:
 
 
 def _short(text: str) -> str:
+    flag, mark, _ = text.partition("=")
+    if is_secret(flag.replace("-", "_")):
+        return f"{flag}{mark}{MASK}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -126,6 +127,14 @@ def _role(bundle: Bundle) -> Iterator[Found]:
         if cache.transfer is not None and role != "kv_both":
             better = {**(cache.transfer_value or {}), "kv_role": "kv_both"}
             yield Found(cache.transfer.node, f"kv_role is {role}", "write kv_both", _rewrite(cache.transfer, better))
+
+
+def _model_name(bundle: Bundle) -> Iterator[Found]:
+    for cache in caches(bundle):
+        for arg in cache.container.args if cache.pod.document.kind == "InferenceService" else ():
+            if arg.text.startswith("--model-name"):
+                better = arg.node.text.replace("--model-name", "--model_name", 1)
+                yield Found(arg.node, "--model-name with a dash", "write --model_name", replace(arg.node, better))
 
 
 def _workers(bundle: Bundle) -> Iterator[Found]:
@@ -234,77 +243,6 @@ def _context(bundle: Bundle) -> Iterator[Found]:
             yield Found(place, message, f"write {better}", edits, at_value=True)
 
 
-# --- probes and shutdown --------------------------------------------------------------------
-
-
-def _probe(bundle: Bundle) -> Iterator[Found]:
-    for pod in pods(bundle):
-        for container in pod.containers:
-            for path in _probe_paths(container):
-                found = re.fullmatch(r"/v[12]/models/(.+?)(?:/ready)?", path.text)
-                served = _other_model(pod, container, found[1]) if found else None
-                if found is not None and served:
-                    message = f"the probe asks for the model {found[1]}, and the model is {served}"
-                    edits = replace(path, "/v2/health/ready")
-                    yield Found(path, message, "write /v2/health/ready", edits, at_value=True)
-
-
-def _other_model(pod: Pod, container: Container, asked: str) -> str | None:
-    """The model that is served where a probe asks for another; None if it asks for the right one, or nobody knows."""
-    template = asked.replace(" ", "") == "{{.Name}}"
-    if pod.is_template:
-        return "what --model_name of the InferenceService says" if template else None
-    model = container.flag("model_name") or container.flag("served-model-name")
-    served = model.text.replace("{{.Name}}", pod.document.name) if model is not None else None
-    return None if served in (None, pod.document.name if template else asked) else served
-
-
-def _probe_paths(container: Container) -> Iterator[Node]:
-    for node in container.nodes:
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            path = node.at(probe, "httpGet", "path")
-            if path is not None:
-                yield path
-
-
-def _grace(bundle: Bundle) -> Iterator[Found]:
-    for cache in caches(bundle):
-        pod = cache.pod
-        if pod.is_template:
-            continue  # a runtime has no such field
-        need = _pre_stop_s(cache.container) + _shutdown_s(cache.container) + AFTER_SHUTDOWN_S
-        written = pod.spec.at("terminationGracePeriodSeconds")
-        have = int(written.text) if written is not None and written.text.isdigit() else DEFAULT_GRACE_S
-        if have < need:
-            better = -(-need // 10) * 10
-            message = f"{have} s to terminate, and the engine may need {need} s"
-            edits = put(pod.spec, "terminationGracePeriodSeconds", better)
-            yield Found(written or pod.spec, message, f"write terminationGracePeriodSeconds: {better}", edits)
-
-
-def _shutdown_s(container: Container) -> int:
-    written = container.flag("shutdown-timeout")
-    return int(written.text) if written is not None and written.text.isdigit() else SHUTDOWN_S
-
-
-def _pre_stop_s(container: Container) -> int:
-    for node in reversed(container.nodes):
-        seconds = node.text_at("lifecycle", "preStop", "sleep", "seconds")
-        words = " ".join(item.text for item in node.items_at("lifecycle", "preStop", "exec", "command"))
-        found = re.search(r"\bsleep +([0-9]+)", words)
-        if seconds.isdigit() or found:
-            return int(seconds) if seconds.isdigit() else int(found[1]) if found else 0
-    return 0
-
-
-def _server_type(bundle: Bundle) -> Iterator[Found]:
-    for document in bundle.of("ClusterServingRuntime", "ServingRuntime"):
-        for path in (("metadata", "annotations"), ("spec", "annotations")):
-            node = document.node.at(*path, "serving.kserve.io/server-type")
-            if node is not None and node.text in ("huggingfaceserver", "vllmserver"):
-                yield Found(node, f"the runtime calls itself {node.text}", "leave the annotation out", remove(node))
-
-
 RULES = (
     Rule(
         "quoted-arg",
@@ -322,6 +260,7 @@ RULES = (
         _old_connector,
     ),
     Rule("kv-role", "warning", "kv_both stores and loads; with another role one of the two does not happen", _role),
+    Rule("model-name", "warning", "KServe learns the model's name by the spelling --model_name only", _model_name),
     Rule("workers", "error", "an engine cannot be shared by several server processes: the start ends", _workers),
     Rule(
         "variable-name",
@@ -338,22 +277,4 @@ RULES = (
     Rule("variable-no-op", "note", "a switch of older versions; keys are the same in every process without it", _no_op),
     Rule("chunk-engine-block", "error", "the start ends where a chunk is not made of whole blocks", _chunk),
     Rule("chunk-context", "error", "nothing shorter than a chunk is stored: there would never be a hit", _context),
-    Rule(
-        "probe-model",
-        "error",
-        "KServe fills in the InferenceService's name, the server knows --model_name: the probe fails for ever",
-        _probe,
-    ),
-    Rule(
-        "grace-period",
-        "warning",
-        "after it the kubelet kills: what is not yet written is lost (preStop + --shutdown-timeout + 20 s)",
-        _grace,
-    ),
-    Rule(
-        "server-type",
-        "warning",
-        "KServe appends -gpu to the tag, or -cpu to the name, of an image it takes for its own",
-        _server_type,
-    ),
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lmcache_ext.manifests.bundle import LMCACHE, REQUEST, URL, Bundle
+from lmcache_ext.manifests.bundle import FILE, LMCACHE, REQUEST, URL, Bundle
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Node, rename, replace
 
 DEFAULT_CHUNK = 256
 TEMPLATE_TOKENS = 20  # what a chat template adds around a message
 _PLACEHOLDER = re.compile(r"<[^<>]+>|x{3,}|X{3,}|changeme|(?i:your[-_ ]).*")
+_FILE_NAME = re.compile(r"[\w./-]+\.ya?ml\b")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 
 
@@ -56,9 +57,27 @@ def _route(bundle: Bundle) -> Iterator[Found]:
             yield Found(document.node, message, f"write {better}", replace(document.node, better), at_value=True)
 
 
+def _other_file(bundle: Bundle) -> Iterator[Found]:
+    """A command names a file that the guide nowhere else does, and the guide names one almost like it."""
+    for document in bundle.of(FILE):
+        named = document.node.text
+        text = document.node.window.file.text
+        others = {name for name in _FILE_NAME.findall(text) if name != named}
+        name = named.rpartition("/")[2]
+        near = [other for other in sorted({each.rpartition("/")[2] for each in others}) if _one_word_apart(name, other)]
+        if near and text.count(name) == 1:
+            better = named.removesuffix(name) + near[0]
+            message = f"{name} is named nowhere else here, {near[0]} is"
+            yield Found(document.node, message, f"write {better}", replace(document.node, better), at_value=True)
+
+
+def _one_word_apart(one: str, other: str) -> bool:
+    return len(set(re.split("[-_.]", one)) ^ set(re.split("[-_.]", other))) == 1
+
+
 def _placeholder(bundle: Bundle) -> Iterator[Found]:
     for document in bundle.documents:
-        if document.kind in (REQUEST, URL, LMCACHE):
+        if document.kind in (REQUEST, URL, FILE, LMCACHE):
             continue
         for node in document.node.walk():
             if node.is_scalar and node.is_string and _PLACEHOLDER.fullmatch(node.text):
@@ -89,6 +108,7 @@ RULES = (
         "production-stack's router answers 404 there (this runtime answers with and without /v1)",
         _route,
     ),
+    Rule("file-name", "warning", "the command fails, or installs another file than the one that is shown", _other_file),
     Rule("placeholder", "note", "a text that a guide means to be replaced", _placeholder),
     Rule("token-in-pod", "warning", "who may read pods reads the token; a Secret has rights of its own", _token),
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 
 import yaml
 
-from lmcache_ext.manifests.bundle import HELM, LMCACHE, REQUEST, UNKNOWN, URL, Bundle, Document
+from lmcache_ext.config_urls import MASK, is_secret
+from lmcache_ext.manifests.bundle import FILE, HELM, LMCACHE, REQUEST, UNKNOWN, URL, Bundle, Document
 from lmcache_ext.manifests.findings import Found, Rule
+from lmcache_ext.manifests.guides import is_guide
 from lmcache_ext.manifests.nodes import Edits, Node, quote, remove, rename, replace
 from lmcache_ext.manifests.pods import ENGINE_CONTAINER, RUNTIMES
 from lmcache_ext.manifests.quantities import read_bytes
@@ -24,7 +27,7 @@ API_VERSIONS = {
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
 }
-_NOT_OBJECTS = (HELM, LMCACHE, REQUEST, URL, UNKNOWN)
+_NOT_OBJECTS = (HELM, LMCACHE, REQUEST, URL, FILE, UNKNOWN)
 _STRING_LISTS = ("command", "args")
 _STRING_MAPS = ("labels", "annotations", "matchLabels", "nodeSelector", "stringData", "data")
 _RESOURCE = re.compile(r"cpu|memory|ephemeral-storage|storage|hugepages-[0-9A-Za-z]+|[^/]+/[^/]+")
@@ -72,9 +75,10 @@ def _strings(bundle: Bundle) -> Iterator[Found]:
         for node in document.node.walk():
             for item in _string_values(node, document):
                 if item.is_scalar and not item.is_string and not item.is_null:
-                    fix = f'put it in quotes: "{item.text}"'
                     where = item.name or node.name
-                    message = f"{where} takes strings, and {item.text} is none"
+                    text = MASK if document.kind == "Secret" or is_secret(where) else item.text
+                    fix = f'put it in quotes: "{text}"'
+                    message = f"{where} takes strings, and {text} is none"
                     yield Found(item, message, fix, quote(item), at_value=True)
 
 
@@ -158,7 +162,26 @@ def _container_name(bundle: Bundle) -> Iterator[Found]:
         yield Found(where, f"no container is named {ENGINE_CONTAINER}", f"name it {ENGINE_CONTAINER}", edits)
 
 
+def _unknown_document(bundle: Bundle) -> Iterator[Found]:
+    for document in bundle.of(UNKNOWN):
+        if document.node.is_mapping and not is_guide(document.node.window.file.name):
+            message = "neither a manifest, an LMCache file, Helm values nor a request: nothing is checked here"
+            yield Found(document.node, message, "name the file that was meant")
+
+
+def _kind(bundle: Bundle) -> Iterator[Found]:
+    for document in _objects(bundle):
+        near = difflib.get_close_matches(document.kind, API_VERSIONS, n=1, cutoff=0.85)
+        kind = document.node.at("kind")
+        ours = document.node.text_at("apiVersion") == API_VERSIONS.get(near[0]) if near else False
+        if kind is not None and near and document.kind not in API_VERSIONS and ours:
+            message = f"there is no kind {document.kind} of {API_VERSIONS[near[0]]}"
+            yield Found(kind, message, f"write {near[0]}", replace(kind, near[0]), at_value=True)
+
+
 RULES = (
+    Rule("unknown-document", "note", "a document is known by its kind or by its keys", _unknown_document),
+    Rule("kind", "error", "the API server knows kinds by letter and case", _kind),
     Rule(
         "api-version",
         "error",

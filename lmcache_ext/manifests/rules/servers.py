@@ -150,6 +150,14 @@ def _found_target(pod: Pod, target: Node, ports: list[Node]) -> Found:
     return Found(target, message, f"write {first.text if first is not None else 'its port'}", edits, at_value=True)
 
 
+def _forgets(bundle: Bundle) -> Iterator[Found]:
+    for pod, container in _servers(bundle):
+        lasting = any(volume.at("persistentVolumeClaim") for volume in pod.volumes.values())
+        if not lasting and not any(pod.document.node.items_at("spec", "volumeClaimTemplates")):
+            fix = "a StatefulSet with a claim, and --data-dir or Redis's save, keeps it"
+            yield Found(container.own, f"{container.name} forgets everything with its pod", fix)
+
+
 def _latest(bundle: Bundle) -> Iterator[Found]:
     for pod in pods(bundle):
         for container in pod.containers:
@@ -183,5 +191,6 @@ RULES = (
         _old_command,
     ),
     Rule("service-port", "error", "the Service passes to a port where nothing listens", _target),
+    Rule("server-forgets", "note", "after a restart every prompt is computed once more", _forgets),
     Rule("image-latest", "note", "what is tested today is not what starts tomorrow", _latest),
 )

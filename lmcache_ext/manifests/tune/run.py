@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from lmcache_ext.config_urls import MASK, is_secret, mask_url
 from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests.bundle import read_bundle
 from lmcache_ext.manifests.nodes import Node, documents
@@ -18,6 +20,7 @@ from lmcache_ext.manifests.tune.target import Target, find_target
 
 FIELD_MANAGER = "lmcache-ext-tune"
 DEADLINE_S = 30.0
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"']+")
 _MAX_METRICS_BYTES = 32 * 1024 * 1024
 Manifest = dict[str, Any]
 
@@ -36,7 +39,15 @@ class Tuned(NamedTuple):
             lines = difflib.unified_diff(
                 text.splitlines(), self.after[name].splitlines(), f"{name} (now)", f"{name} (proposed)", lineterm=""
             )
-            yield from lines
+            yield from (_masked(line) for line in lines)
+
+
+def _masked(line: str) -> str:
+    """A line of YAML without the passwords in it."""
+    key, mark, _ = line.partition(": ")
+    if mark and is_secret(key.lstrip("+- ")):
+        return f"{key}{mark}{MASK}"
+    return _URL.sub(lambda found: mask_url(found[0]), line)
 
 
 def tune(files: list[File], config_map: str, service: str, facts: Facts, wishes: Wishes) -> Tuned:
