@@ -56,17 +56,16 @@ def backend(name: str, directory: Path) -> Iterator[dict[str, str]]:
             yield {"LMCACHE_REMOTE_URL": f"{name}://{server.address}"}
 
 
-def measure(name: str, plain: Engine, directory: Path, core: int, tokens: int, repeats: int) -> Rows:
-    """Seconds by row; the n-th of each row belong to the same prompt."""
+def measure(name: str, plain: Engine, directory: Path, core: int, seeds: range, tokens: int) -> Rows:
+    """Seconds by row; the n-th of each row belong to the same prompt, the first two of which do not count."""
     rows: Rows = {"cold": [], "prefix": [], "second": [], "host": []}
     with backend(name, directory) as found, ExitStack() as stack:
         started = [start(f"{name}-{which}", directory, core, tokens, found) for which in ("first", "second")]
         first, second = [stack.enter_context(engine) for engine in started]
-        for repeat in range(-2, repeats):
-            asked = prompt(2000 + repeat, tokens)
-            seconds = one_prompt(plain, first, second, asked)
+        for index, seed in enumerate(seeds):
+            seconds = one_prompt(plain, first, second, prompt(seed, tokens))
             for row, measured in zip(rows.values(), seconds, strict=True):
-                row += [measured] if repeat >= 0 else []
+                row += [measured] if index >= 2 else []
     return rows
 
 
@@ -114,8 +113,9 @@ def main() -> None:
             f"{tokens} tokens, {reused(tokens)} reused by every hit, {DTYPE}, chunk {CHUNK}, {options.repeats} prompts"
         )
         print(f"{'':44} {'median ms':>8} {'min ms':>8} {'x prefix hit':>14}", flush=True)
-        for name in options.backends:
-            rows = measure(name, plain, Path(directory), options.core, tokens, options.repeats)
+        for index, name in enumerate(options.backends):
+            seeds = range(2000 + 100 * index, 2000 + 100 * index + options.repeats + 2)
+            rows = measure(name, plain, Path(directory), options.core, seeds, tokens)
             print(line(f"{name}: cold, vLLM alone", rows["cold"], rows["prefix"]))
             print(line(f"{name}: vLLM's own prefix-cache hit", rows["prefix"], rows["prefix"]))
             print(line(f"{name}: second engine, first request", rows["second"], rows["prefix"]))

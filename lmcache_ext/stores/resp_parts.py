@@ -77,8 +77,13 @@ class Manifest:
 
 
 def new_manifest(num_bytes: int, part_bytes: int = PART_BYTES) -> Manifest:
-    """A manifest of a new generation; parts are longer than asked where there would be too many."""
-    return Manifest(os.urandom(16), num_bytes, max(part_bytes, -(-num_bytes // MAX_PARTS)))
+    """A manifest of a new generation.
+
+    Parts are of one size, about `part_bytes`, so that a row of 2 MiB and its frame are two and not three; longer where
+    there would be too many.
+    """
+    num_parts = max(1, -(-(num_bytes - int((WHOLE_PARTS - 1) * part_bytes)) // part_bytes))
+    return Manifest(os.urandom(16), num_bytes, max(1, -(-num_bytes // min(num_parts, MAX_PARTS))))
 
 
 def parse_manifest(data: bytes, key: bytes) -> Manifest | None:

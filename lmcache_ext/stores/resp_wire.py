@@ -113,7 +113,7 @@ class Wire:
         return reply
 
     def ask_all(self, commands: Iterable[Sequence[Argument]], deadline: Deadline) -> list[Reply]:
-        """The replies, in order. Commands are sent ahead until AHEAD_BYTES of them are not answered.
+        """The replies, in order. Commands are sent ahead as long as at most AHEAD_BYTES of them are not answered.
 
         Then half of the answers are awaited, not one: each wait costs two switches of threads.
         """
@@ -121,14 +121,14 @@ class Wire:
         under_way: deque[tuple[int, int]] = deque()
         ahead_bytes = 0
         for buffers, num_commands, num_bytes in _joined(commands):
+            is_far_ahead = ahead_bytes + num_bytes > AHEAD_BYTES
+            while is_far_ahead and ahead_bytes > AHEAD_BYTES // 2:
+                num_answers, answered_bytes = under_way.popleft()
+                replies += [self.reply(deadline) for _ in range(num_answers)]
+                ahead_bytes -= answered_bytes
             self.send(buffers, num_commands, deadline)
             under_way.append((num_commands, num_bytes))
             ahead_bytes += num_bytes
-            is_far_ahead = ahead_bytes > AHEAD_BYTES
-            while is_far_ahead and ahead_bytes > AHEAD_BYTES // 2:
-                num_commands, num_bytes = under_way.popleft()
-                replies += [self.reply(deadline) for _ in range(num_commands)]
-                ahead_bytes -= num_bytes
         return replies + [self.reply(deadline) for num_commands, _ in under_way for _ in range(num_commands)]
 
     def length(self, deadline: Deadline) -> int | ErrorReply | None:

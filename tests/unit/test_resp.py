@@ -209,10 +209,16 @@ def test_a_manifest_with_any_byte_changed_is_none(at: int, flip: int) -> None:
     assert parse_manifest(bytes(data), KEY) is None
 
 
+def test_a_frame_before_a_row_makes_no_part_of_its_own() -> None:
+    assert [new_manifest(size * 1024**2 + 64).num_parts for size in (1, 2, 4, 32)] == [1, 2, 4, 32]
+    assert new_manifest(2 * 1024**2 + 64).part_bytes == 1024**2 + 32
+
+
 @given(st.integers(1, 2**50), st.integers(1, 2**31))
 def test_parts_add_up(num_bytes: int, part_bytes: int) -> None:
     manifest = new_manifest(num_bytes, part_bytes)
     last = manifest.num_parts - 1
     assert last < 2**16 - 1
+    assert last == 0 or manifest.part_bytes * 2 > part_bytes
     assert last * manifest.part_bytes + manifest.length_of(last) == num_bytes
     assert parse_manifest(manifest.encode(KEY), KEY) == manifest
