@@ -26,17 +26,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from lmcache_ext.errors import StoreError, StoreUnavailable
 from lmcache_ext.stores.base import Store, Usage
 
 logger = logging.getLogger("vllm.lmcache_ext.stores.guard")
 
-T = TypeVar("T")
-
 READ = "read"
 WRITE = "write"
+EXISTS, GET, PUT = "exists", "get", "put"  # kinds of calls
 
 _SECONDS_PER_FAILURE = 1.0
 
@@ -123,11 +121,12 @@ class _Call:
     kind: str
     started_at: float
     deadline_s: float
+    keys: Sequence[bytes]
+    num_bytes: int = 0
+    """Of a fetch: the room for its first key."""
     charged: int = 0
     failures: list[StoreError] = field(default_factory=list)
     """At its end, of a batch one per object that failed."""
-    again: Callable[[], object] | None = None
-    """Makes the same call without anybody waiting: what a probe must see succeed."""
 
     def cost(self, now: float) -> int:
         """As how many failures it counts, if it is one. Nobody waits for writes."""
@@ -186,12 +185,22 @@ class Guarded(Store):
             self._writes.follow(other._writes)
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found = self._read("exists", self._lookup_deadline_s, lambda: self._store.exists(keys))
-        return [False] * len(keys) if found is None else found
+        if self._rejects_reads(READ):
+            return [False] * len(keys)
+        try:
+            with self._call(READ, EXISTS, keys):
+                return self._store.exists(keys)
+        except StoreError:
+            return [False] * len(keys)
 
     def get_into(self, key: bytes, parts: Sequence[memoryview]) -> int | None:
-        again = self._refetch(key, parts)
-        return self._read("get", self._deadline_s, lambda: self._store.get_into(key, parts), again)
+        if self._rejects_reads(READ):
+            return None
+        try:
+            with self._call(READ, GET, [key], _num_bytes(parts)):
+                return self._store.get_into(key, parts)
+        except StoreError:
+            return None
 
     def get_many_into(
         self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
@@ -199,26 +208,25 @@ class Guarded(Store):
         """No outcome is a StoreError."""
         if self._rejects_reads(READ):
             return [None] * len(keys)
-        with self._call(READ, "get", self._deadline_s) as call:
-            call.again = self._refetch(keys[0], parts_per_key[0]) if keys else None
+        with self._call(READ, GET, keys, _num_bytes(parts_per_key[0]) if keys else 0) as call:
             outcomes = self._store.get_many_into(keys, parts_per_key)
             call.failures = [outcome for outcome in outcomes if isinstance(outcome, StoreError)]
             if call.failures:
                 first = outcomes.index(call.failures[0])
-                call.again = self._refetch(keys[first], parts_per_key[first])
+                call.keys, call.num_bytes = keys[first:], _num_bytes(parts_per_key[first])
         return [None if isinstance(outcome, StoreError) else outcome for outcome in outcomes]
 
     def put(self, key: bytes, parts: Sequence[memoryview]) -> None:
         if not self._admits_write():
             raise StoreUnavailable(f"{self.name}: circuit open")
-        with self._call(WRITE, "put", self._deadline_s):
+        with self._call(WRITE, PUT, [key]):
             self._store.put(key, parts)
 
     def put_many(self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]) -> list[StoreError | None]:
         """While writes are open, a batch is let through as a trial as a single `put` is."""
         if not self._admits_write():
             return [StoreUnavailable(f"{self.name}: circuit open") for _ in keys]
-        with self._call(WRITE, "put", self._deadline_s) as call:
+        with self._call(WRITE, PUT, keys) as call:
             outcomes = self._store.put_many(keys, parts_per_key)
             call.failures = [outcome for outcome in outcomes if outcome is not None]
         return outcomes
@@ -269,24 +277,11 @@ class Guarded(Store):
             probe.join(self._lookup_deadline_s)
         self._store.close()
 
-    def _read(
-        self, kind: str, deadline_s: float, read: Callable[[], T], again: Callable[[], object] | None = None
-    ) -> T | None:
-        """Judge one read; None where it failed or was not asked. A probe repeats it, or `again` if that is given."""
-        if self._rejects_reads(READ):
-            return None
-        try:
-            with self._call(READ, kind, deadline_s, again or read):
-                return read()
-        except StoreError:
-            return None
-
     @contextmanager
-    def _call(
-        self, side: str, kind: str, deadline_s: float, again: Callable[[], object] | None = None
-    ) -> Iterator[_Call]:
+    def _call(self, side: str, kind: str, keys: Sequence[bytes], num_bytes: int = 0) -> Iterator[_Call]:
         """Around a call of the store: it is known while it runs, and judged at its end."""
-        call = _Call(side, kind, self._clock(), deadline_s, again=again)
+        deadline_s = self._lookup_deadline_s if kind == EXISTS else self._deadline_s
+        call = _Call(side, kind, self._clock(), deadline_s, keys, num_bytes)
         with self._lock:
             self._running.add(call)
         try:
@@ -300,11 +295,6 @@ class Guarded(Store):
         finally:
             with self._lock:
                 self._running.discard(call)
-
-    def _refetch(self, key: bytes, parts: Sequence[memoryview]) -> Callable[[], object]:
-        """Fetches the object again, into memory that nobody looks at; a miss by then is an answer too."""
-        num_bytes = sum(part.nbytes for part in parts)  # not the parts: they are let go when the call ends
-        return lambda: self._store.get_into(key, (memoryview(bytearray(num_bytes)),))
 
     def _admits_write(self) -> bool:
         with self._lock:
@@ -364,20 +354,30 @@ class Guarded(Store):
             opened = times > 0 and self._breaker(side).fail(now, call.kind, times=times)
             if opened:
                 self._counters[f"{side}.opened"] += 1
-            probe = self._new_probe(call) if opened and side == READ else None
+            probe = self._new_probe(call, cause) if opened and side == READ else None
         if opened:
             self._tell(Change(self.name, side, True, cause), detail)
         if probe is not None:
             probe.start()
 
-    def _new_probe(self, failed: _Call) -> threading.Thread | None:
+    def _new_probe(self, failed: _Call, cause: str) -> threading.Thread | None:
         if self._closing.is_set():
             return None
-        what = (failed.again, failed.deadline_s)  # not the call: the errors in it hold on to the caller's buffers
-        self._probe = threading.Thread(target=self._probe_until_back, args=what, name=f"{self.name}-probe", daemon=True)
+        args = (self._repeat(failed, cause), failed.deadline_s)
+        self._probe = threading.Thread(target=self._probe_until_back, args=args, name=f"{self.name}-probe", daemon=True)
         return self._probe
 
-    def _probe_until_back(self, again: Callable[[], object] | None, deadline_s: float) -> None:
+    def _repeat(self, failed: _Call, cause: str) -> Callable[[], object]:
+        """What was asked, once more; a fetch into memory that nobody looks at. A miss by then is an answer too.
+
+        A fetch that was refused is looked up only: one object may be beyond repair, and must not keep reads off.
+        """
+        store, keys, num_bytes = self._store, list(failed.keys), failed.num_bytes  # not the call: it holds buffers
+        if failed.kind == GET and cause != StoreUnavailable.__name__:
+            return lambda: store.get_into(keys[0], (memoryview(bytearray(num_bytes)),))
+        return lambda: store.exists(keys)
+
+    def _probe_until_back(self, again: Callable[[], object], deadline_s: float) -> None:
         """Top of the probe thread: it ends when the backend answers in time, or at `close`."""
         while True:
             with self._lock:
@@ -395,12 +395,10 @@ class Guarded(Store):
                 self._tell(Change(self.name, READ, False, "probe"), "it answers again")
                 return
 
-    def _is_back(self, again: Callable[[], object] | None, deadline_s: float) -> bool:
+    def _is_back(self, again: Callable[[], object], deadline_s: float) -> bool:
         """Whether `ping`, and what failed, are answered in time now."""
         try:
-            return self._in_time(self._store.ping, self._lookup_deadline_s) and (
-                again is None or self._in_time(again, deadline_s)
-            )
+            return self._in_time(self._store.ping, self._lookup_deadline_s) and self._in_time(again, deadline_s)
         except StoreError:
             return False
         except Exception:
@@ -426,3 +424,7 @@ class Guarded(Store):
     def _count(self, name: str) -> None:
         with self._lock:
             self._counters[name] += 1
+
+
+def _num_bytes(parts: Sequence[memoryview]) -> int:
+    return sum(part.nbytes for part in parts)

@@ -119,11 +119,11 @@ class Bench:
     def next_event(self) -> Change:
         return self.events.get(timeout=10)
 
-    def open_reads(self, num_bytes: int = 0) -> None:
-        self.store.error = StoreUnavailable("down")
+    def open_reads(self, error: type[StoreError] = StoreUnavailable, num_bytes: int = 0) -> None:
+        self.store.error = error("down")
         for _ in range(FAILURES):
             assert self.guarded.get_into(b"k", [memoryview(bytearray(num_bytes))]) is None
-        assert self.next_event() == Change("scripted", READ, True, "StoreUnavailable")
+        assert self.next_event() == Change("scripted", READ, True, error.__name__)
 
     def open_writes(self, error: StoreError) -> None:
         self.store.error = error
@@ -262,93 +262,6 @@ def test_slow_calls_keep_their_result_and_open_it(bench: Bench) -> None:
     assert bench.next_event() == Change("scripted", READ, True, "slow")
     assert bench.guarded.get_into(b"a", []) is None
     assert bench.guarded.counters() == {"read.slow": FAILURES, "read.opened": 1, "read.rejected": 1}
-
-
-def test_a_lookup_has_a_deadline_of_its_own(bench: Bench) -> None:
-    bench.store.took_s = (LOOKUP_S + DEADLINE_S) / 2
-    for _ in range(FAILURES + 1):
-        assert bench.guarded.get_into(b"a", []) == 7
-    assert bench.guarded.exists([b"a"]) == [True]
-    assert bench.guarded.counters() == {"read.ok": FAILURES + 1, "read.slow": 1}
-
-
-def test_lookups_that_work_do_not_hide_fetches_that_fail(bench: Bench) -> None:
-    for _ in range(FAILURES):
-        assert bench.guarded.exists([b"a"]) == [True]
-        bench.store.error = StoreTimeout("trickles")
-        assert bench.guarded.get_into(b"a", []) is None
-        bench.store.error = None
-    assert bench.guarded.is_open()
-
-
-def test_a_long_wait_for_nothing_counts_once_per_second(bench: Bench) -> None:
-    bench.store.error, bench.store.took_s = StoreTimeout("late"), FAILURES + 0.1
-    assert bench.guarded.get_into(b"a", []) is None
-    assert bench.guarded.is_open()
-
-
-def test_a_write_that_failed_late_counts_once_for_nobody_waits(bench: Bench) -> None:
-    bench.store.error, bench.store.took_s = StoreFull("looked for room for long"), FAILURES + 0.1
-    with pytest.raises(StoreFull):
-        bench.guarded.put(b"a", [])
-    assert not bench.guarded.is_open(WRITE)
-
-
-class StuckStore(ScriptedStore):
-    """Its `exists` never ends, as on a file system that is gone, until the test lets it."""
-
-    def __init__(self, clock: list[float]) -> None:
-        super().__init__(clock)
-        self.entered, self.leave = threading.Event(), threading.Event()
-
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        self.entered.set()
-        assert self.leave.wait(10)
-        return super().exists(keys)
-
-
-def test_a_lookup_that_never_returns_opens_it_all_the_same() -> None:
-    clock = [0.0]
-    store = StuckStore(clock)
-    guarded = Guarded(
-        store, deadline_s=10.0, lookup_deadline_s=0.3, failures_to_open=3, closing=Gate(), clock=lambda: clock[0]
-    )
-    stuck = threading.Thread(target=guarded.exists, args=([b"a"],))
-    stuck.start()
-    assert store.entered.wait(10)
-    opened = []
-    for clock[0] in (0.2, 0.31, 1.9, 2.1, 2.9, 3.0, 9.0):
-        opened.append(guarded.is_open())
-    assert opened == [False, False, False, False, False, True, True]
-    assert guarded.counters() == {"read.overdue": 1, "read.opened": 1}
-    store.leave.set()
-    stuck.join(10)
-    assert guarded.counters()["read.slow"] == 1
-    guarded.close()
-
-
-def test_a_probe_after_a_failed_fetch_fetches_it_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that trickles answers `ping` at once."""
-    fetched: list[tuple[bytes, int]] = []
-    trickles = [True, True, False]
-
-    def get_into(key: bytes, parts: Sequence[memoryview]) -> int | None:
-        fetched.append((key, sum(part.nbytes for part in parts)))
-        if trickles.pop(0):
-            raise StoreTimeout("trickles")
-        return None
-
-    bench.open_reads(num_bytes=12)
-    bench.store.error = None
-    monkeypatch.setattr(bench.store, "get_into", get_into)
-    for _ in range(2):
-        bench.gate.next_wait()
-        bench.gate.let_go()
-    bench.gate.next_wait()
-    assert bench.guarded.is_open()
-    bench.gate.let_go()
-    assert bench.next_event() == Change("scripted", READ, False, "probe")
-    assert fetched == [(b"k", 12)] * 3
 
 
 def test_the_probe_backs_off_and_closes_it_when_the_store_is_back(bench: Bench) -> None:
