@@ -29,9 +29,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.logger import init_logger
 
 from lmcache_ext import namespace
-from lmcache_ext.offload import element_layout, identity, metrics, settings
+from lmcache_ext.offload import element_layout, explain, identity, metrics, settings
 from lmcache_ext.offload.adapters import Adapters
 from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.explain import Explainer
 from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
@@ -106,7 +107,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         if role == KVConnectorRole.SCHEDULER:
             if transfer.kv_connector_extra_config.get(settings.LOAD_FAILURE_POLICY) != "fail":
                 transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
-            self._open_namespace(vllm_config, kv_cache_config)
+            name, components = self._open_namespace(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
         self._tuning = Tuning(
             found.config, lambda: settings.read_config(vllm_config), scheduler=self.connector_scheduler
@@ -120,13 +121,19 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._deferred: dict[str, _Deferred] = {}
         self._failed_loads: set[str] = set()
         self._failed_jobs: set[int] = set()
+        self._explainer: Explainer | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
+            if transfer.kv_connector_extra_config.get(explain.ENABLED):
+                self._explainer = Explainer(self.scheduler, name, components)
 
-    def _open_namespace(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    def _open_namespace(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> tuple[str | None, dict[str, str]]:
+        """The namespace and what it is made of; none where no other process could have the same keys."""
         assert vllm_config.kv_transfer_config is not None
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        name = None
+        name, parts = None, {}
         if identity.shareable_hash(vllm_config):
             blocks, row_bytes = self._settings.blocks_per_chunk, self._settings.row_bytes
             parts = identity.components(vllm_config, kv_cache_config, blocks_per_chunk=blocks, row_bytes=row_bytes)
@@ -142,6 +149,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         for note in self._settings.config.notes:
             logger.info("%s", note)
         logger.info("%s", start_line(self._settings, name))
+        return name, parts
 
     @classmethod
     @override
@@ -169,6 +177,7 @@ class LMCacheConnectorV1(OffloadingConnector):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         req_id = request.request_id
         if self._tuning.live.bypass or self._hooks.bypassed(req_id):
+            self._explain(request, num_computed_tokens, 0)
             return 0, False
         nothing: tuple[int | None, bool] = (0, False)
         return self._hooks.run(
@@ -187,6 +196,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             self._hooks.bypass(req_id)
             tokens, load = 0, False
         self._deferred.pop(req_id, None)
+        self._explain(request, num_computed_tokens, tokens)
         if tokens < self._tuning.live.min_retrieve_tokens:
             tokens, load = 0, False
         self._pace.mark()
@@ -207,6 +217,17 @@ class LMCacheConnectorV1(OffloadingConnector):
             return True
         deferred.asked_at, deferred.progress = now, progress
         return False
+
+    def _explain(self, request: Request, gpu_tokens: int, cache_tokens: int) -> None:
+        if (explainer := self._explainer) is None:
+            return
+        live, off = self._tuning.live, self._hooks.off
+        self._hooks.run(
+            "explain",
+            lambda: explainer.note(request, gpu_tokens, cache_tokens, live, off=off),
+            None,
+            req_id=request.request_id,
+        )
 
     @override
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -292,9 +313,13 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._deferred.pop(request.request_id, None)
         self._hooks.forget(request.request_id)
         self._pace.mark()
+        told = self._explainer.take(request.request_id) if self._explainer is not None else None
         if self._hooks.off:
-            return False, None
-        return self._hooks.run("request_finished", lambda: self.scheduler.request_finished(request), (False, None))
+            return False, told
+        later, params = self._hooks.run(
+            "request_finished", lambda: self.scheduler.request_finished(request), (False, None)
+        )
+        return later, told or params
 
     @override
     def take_events(self) -> Iterable[KVCacheEvent]:

@@ -19,6 +19,9 @@ CONNECTOR_NAMES = (CONNECTOR_NAME, "LMCacheConnector", "LMCacheMPConnector")
 LOAD_FAILURE_POLICY = "lmcache_ext.kv_load_failure_policy"
 """Connector setting for a policy other than recompute: vLLM's default, "fail", looks like a choice."""
 
+EXPLAIN = "lmcache_ext.explain_enabled"
+"""Connector setting: true where a request may ask why it found nothing."""
+
 
 def takes_over() -> bool:
     """Whether the LMCache connector names mean ours in this process."""

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from lmcache_ext.config import Config, load_config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import check_host_bytes, read_host_memory
-from lmcache_ext.plugin import takes_over
+from lmcache_ext.plugin import EXPLAIN, takes_over
 from runtime.argv import (
     KV_FLAG,
     Notes,
@@ -146,6 +146,8 @@ def parse(argv: Iterable[str]) -> Settings:
     own, rest = _parse_own(own_parser, tokens)
     _check_own(own, notes)
     model = _model(own, rest)
+    if cache is not None and kv_config is not None and own.enable_lmcache_endpoints:
+        kv_config["kv_connector_extra_config"] = {**(kv_config.get("kv_connector_extra_config") or {}), EXPLAIN: True}
     engine = _parse_engine(rest, own, own_parser, kv_config, model, notes)
     names = _model_names(own, engine, model)
     engine.served_model_name = list(names)
@@ -194,7 +196,9 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)}; told from the model when left out")
     parser.add_argument("--enable_tokenize_endpoint", action="store_true", help="serve /tokenize and /detokenize")
     parser.add_argument(
-        "--enable_lmcache_endpoints", action="store_true", help="answer /lmcache/ to anybody, if there is no API key"
+        "--enable_lmcache_endpoints",
+        action="store_true",
+        help="serve /lmcache/v1/explain, and answer /lmcache/ to anybody where there is no API key",
     )
     for switch in IGNORED_SWITCHES:
         parser.add_argument(switch, action="store_true", help="accepted; has no effect with vLLM")

@@ -100,6 +100,11 @@ class EngineModel(BaseKServeModel):
             disable_log_stats=engine_args.disable_log_stats,
         )
 
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        text: str = self.client.get_tokenizer().decode(token_ids)
+        return text
+
     @property
     def dead(self) -> bool:
         """Whether the engine has died under us; one that we end ourselves has not."""

@@ -31,10 +31,12 @@ from kserve.model_server import ModelServer
 from kserve.protocol.rest.server import RESTServer, _RefreshingServer, metrics_handler
 from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
 from kserve.protocol.rest.v2_endpoints import V2Endpoints, register_v2_endpoints
+from starlette.routing import Route
 
 from runtime.args import Settings
 from runtime.argv import UsageError
 from runtime.cache import CacheRoutes
+from runtime.explain import ExplainRoute
 from runtime.health import EngineDataPlane
 from runtime.model import EngineModel, end_processes
 from runtime.openai import Gate, build_openai_app, openai_routes
@@ -59,7 +61,7 @@ class _QuietServer(_RefreshingServer):
 class HttpServer(RESTServer):
     """kserve's routes that mean something for an engine, the OpenAI gate, and the cache's own."""
 
-    def __init__(self, server: EngineServer, gate: Gate, cache: CacheRoutes, sock: socket.socket) -> None:
+    def __init__(self, server: EngineServer, gate: Gate, cache_routes: list[Route], sock: socket.socket) -> None:
         super().__init__(
             "kserve.model_server:app",
             server.dataplane,
@@ -74,7 +76,7 @@ class HttpServer(RESTServer):
         )
         self._gate = gate
         self._prefix = server.settings.openai_prefix
-        self._cache = cache
+        self._cache_routes = cache_routes
         self._sock = sock
         self._latency_logging = server.enable_latency_logging
         self._server: uvicorn.Server = _QuietServer(self.config)
@@ -89,7 +91,7 @@ class HttpServer(RESTServer):
         self._server.should_exit = True
 
     def _register_endpoints(self, app: FastAPI) -> None:
-        app.router.routes.extend([*openai_routes(self._gate, self._prefix), *self._cache.routes()])
+        app.router.routes.extend([*openai_routes(self._gate, self._prefix), *self._cache_routes])
         kserve_routes: Any = APIRouter()
         register_v1_endpoints(kserve_routes, self.dataplane, self.model_repository_extension)
         register_v2_endpoints(kserve_routes, self.dataplane, self.model_repository_extension)
@@ -160,7 +162,8 @@ class EngineServer(ModelServer):
         gate = Gate()
         cache = CacheRoutes(self.settings)
         cache.open()
-        http = HttpServer(self, gate, cache, sock)
+        explain = ExplainRoute(gate, self.settings.model_name, model.decode, enabled=self.settings.lmcache_endpoints)
+        http = HttpServer(self, gate, [*cache.routes(), *explain.routes()], sock)
         serving = asyncio.create_task(http.start())
         try:
             return await self._live(model, gate, signals)

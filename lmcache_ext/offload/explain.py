@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmcache_ext.config import Live
 
 ENABLED = "lmcache_ext.explain_enabled"
-"""Connector setting: true where requests may ask."""
+"""Connector setting: true where requests may ask; the same text as in `plugin`."""
 ASK = "lmcache_ext.explain"
 ANSWER = "lmcache_ext.explanation"
 

@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker, _TierState
 from lmcache_ext.config import Config
 from lmcache_ext.offload.far import FarTiers, Opened
 from lmcache_ext.offload.host import HostTier
+from lmcache_ext.offload.recent import Recent
 from lmcache_ext.offload.tier import StoredTier
 
 _PROMOTABLE_FRACTION = 0.75  # of all rows, for one request
@@ -50,8 +51,15 @@ class BoundedTieringManager(TieringOffloadingManager):
         self._max_promotions = _max_promotions(primary_tier)
         self._promotions: dict[str, Counter[OffloadKey]] = {}
         self._unwritten: set[OffloadKey] = set()
+        self.stored: Recent | None = None
+        """Where somebody wants to know, the keys that were stored lately."""
         self.frozen = False
         """Whether no new chunk is taken in. What is there is found and loaded, from far tiers too."""
+
+    @property
+    def far_tiers(self) -> list[StoredTier]:
+        """The tiers behind host memory that have a store, nearest first."""
+        return [tier for tier in self._stored_tiers if tier.present]
 
     def set_num_rows(self, num_rows: int) -> None:
         """Let so many rows of host memory hold chunks, between two steps."""
@@ -164,6 +172,8 @@ class BoundedTieringManager(TieringOffloadingManager):
         if not self._unwritten.isdisjoint(keys):
             self._unwritten.difference_update(keys)
             success = False
+        if success and self.stored is not None:
+            self.stored.add(keys)
         super().complete_store(keys, req_context, success)
 
     @override

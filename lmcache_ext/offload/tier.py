@@ -172,6 +172,15 @@ class StoredTier(SecondaryTierManager):
         """Another number than before where lookups may find something that they did not."""
         return self._num_results + self._backing.lookups.num_answers
 
+    def verdict(self, key: OffloadKey) -> str:
+        """What is known here of a chunk: has, miss, slow (asked, no answer), off (its breaker is open), not asked."""
+        if self.store.is_open(READ):
+            return "off"
+        state = self._backing.lookups._lookup_state.get(key)
+        if state is None:
+            return "not asked"
+        return {True: "has", False: "miss", None: "slow"}[state.result]
+
     def is_overdue(self, key: OffloadKey) -> bool:
         """Whether the chunk is being fetched for longer than anybody should wait."""
         due = self._due.get(key)

@@ -246,3 +246,10 @@ def test_cache_settings_on_the_command_line_are_checked_too(model):
 def test_the_caches_endpoints_are_open_to_all_on_request_only(model):
     assert not parse([f"--model_dir={model}"]).lmcache_endpoints
     assert parse([f"--model_dir={model}", "--enable-lmcache-endpoints"]).lmcache_endpoints
+
+
+@pytest.mark.parametrize("flags", [[], ["--enable_lmcache_endpoints"]])
+def test_requests_may_ask_the_cache_for_an_explanation_on_request_only(model, flags):
+    settings = parse([f"--model_dir={model}", "--kv-transfer-config", JSON_CONFIG, *flags])
+    extra = settings.engine.kv_transfer_config.kv_connector_extra_config
+    assert extra.get("lmcache_ext.explain_enabled", False) is bool(flags)

@@ -1,0 +1,167 @@
+"""Each reason why a request found nothing, told by a real connector to a request that asked."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.platforms import current_platform
+from vllm.v1.request import RequestStatus
+
+from lmcache_ext.errors import StoreUnavailable
+from lmcache_ext.offload.explain import ANSWER, ASK, ENABLED, TEXTS
+from lmcache_ext.offload.recent import Recent
+from tests.unit.test_connector import PROMPT, Engine, vllm_config  # noqa: F401  a fixture
+from tests.unit.test_tier import key
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
+
+BLOCKS = [1, 2, 3, 4, 5, 6, 7]
+
+
+class Told(Engine):
+    """An engine that explains."""
+
+    def ask(self, tokens=PROMPT, req_id="asking", **attributes):
+        """What a request is told that was looked up and is over."""
+        request = self.request(req_id, tokens, **attributes)
+        request.kv_transfer_params = {**(request.kv_transfer_params or {}), ASK: True}
+        self.match(request)
+        return self.end(request)
+
+    def end(self, request):
+        request.status = RequestStatus.FINISHED_STOPPED
+        later, params = self.scheduler.request_finished_all_groups(request, ([],))
+        assert not later
+        self.step(finished={request.request_id})
+        return None if params is None else params[ANSWER]
+
+
+@pytest.fixture
+def make(vllm_config, tmp_path):  # noqa: F811
+    made = []
+
+    def build(enabled=True, **settings):
+        made.append(Told(vllm_config, tmp_path / "disk", connector={ENABLED: enabled}, **settings))
+        return made[-1]
+
+    yield build
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def warm(make):
+    engine = make()
+    engine.compute("first", BLOCKS)
+    return engine
+
+
+class TestReason:
+    def test_all_that_can_be_is_found(self, warm):
+        told = warm.ask()
+        assert (told["reason"], told["cache_tokens"], told["prompt_tokens"]) == ("all", 96, 100)
+
+    def test_prompt_without_a_whole_chunk(self, warm):
+        told = warm.ask(PROMPT[:32])
+        assert told["reason"] == "short"
+        assert "32 tokens" in told["text"]
+
+    def test_prompt_that_differs_somewhere(self, warm):
+        told = warm.ask(PROMPT[:70] + [1] * 30)
+        assert (told["reason"], told["first_missing_token"]) == ("differs", 64)
+        assert told["tiers"] == {"host": "miss", "disk": "miss"}
+
+    def test_prompt_that_differs_at_once(self, warm):
+        assert warm.ask([1] * 100)["reason"] == "new"
+
+    def test_another_salt(self, warm):
+        told = warm.ask(cache_salt="tenant")
+        assert (told["reason"], told["salted"]) == ("new", True)
+
+    def test_chunks_that_were_there(self, warm, tmp_path):
+        warm.scheduler.reset_cache()
+        for file in (tmp_path / "disk").glob("*/*/*.kv"):
+            file.unlink()
+        told = warm.ask()
+        assert (told["reason"], told["first_missing_token"]) == ("evicted", 0)
+
+    def test_fewer_tokens_than_are_worth_it(self, make, warm):
+        told = make(min_retrieve_tokens=97).ask()
+        assert (told["reason"], told["cache_tokens"], told["min_retrieve_tokens"]) == ("too few", 96, 97)
+
+    def test_bypass(self, make):
+        assert make(bypass=True).ask()["reason"] == "bypass"
+
+    def test_freeze(self, make):
+        assert make(freeze=True).ask()["reason"] == "frozen"
+
+    def test_cache_that_is_off(self, warm):
+        warm.scheduler._hooks.off = True
+        request = warm.request("asking")
+        request.kv_transfer_params = {ASK: True}
+        assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+        assert warm.scheduler.request_finished_all_groups(request, ([],))[1][ANSWER]["reason"] == "off"
+
+    def test_store_that_is_off(self, warm, monkeypatch):
+        (tier,) = warm.scheduler.scheduler.manager.secondary_tiers
+        warm.scheduler.reset_cache()
+
+        def fail(*_):
+            raise StoreUnavailable("gone")
+
+        monkeypatch.setattr(tier.store._store, "exists", fail)
+        for i in range(5):
+            tier.store.exists([bytes([i]) * 17])
+        told = warm.ask()
+        assert (told["reason"], told["tiers"]["disk"]) == ("tier off", "off")
+        assert "circuit breaker of disk" in told["text"]
+
+    def test_store_that_did_not_answer_in_time(self, make, warm, monkeypatch):
+        engine = make(lookup_timeout_ms=1)
+        (tier,) = engine.scheduler.scheduler.manager.secondary_tiers
+        monkeypatch.setattr(tier._backing.lookups, "_lookup_queue", type(tier._backing.lookups._lookup_queue)())
+        request = engine.request("asking")
+        request.kv_transfer_params = {ASK: True}
+        for _ in range(1000):
+            if engine.scheduler.get_num_new_matched_tokens(request, 0)[0] is not None:
+                break
+            engine.step()
+        monkeypatch.undo()
+        told = engine.end(request)
+        assert (told["reason"], told["tiers"]["disk"]) == ("slow", "slow")
+
+    def test_of_every_kind_has_a_text(self):
+        facts = {"prompt_tokens": 1, "chunk_tokens": 2, "gpu_tokens": 3, "cache_tokens": 4, "min_retrieve_tokens": 5}
+        for text in TEXTS.values():
+            assert text.format(first_missing_token=6, names="disk", **facts)
+
+
+class TestServer:
+    def test_says_what_its_namespace_is_made_of(self, warm):
+        told = warm.ask()
+        assert len(told["namespace"]) == 32
+        assert {"model", "weights", "kv_dtype", "hash", "chunk", "parallel"} <= told["components"].keys()
+        assert told["components"]["chunk"].startswith("blocks=2 row=")
+        assert all(len(text) <= 120 for text in told["components"].values())
+
+
+class TestSilence:
+    def test_towards_who_did_not_ask(self, warm):
+        request = warm.request("silent")
+        warm.match(request)
+        assert warm.end(request) is None
+
+    def test_where_nobody_may_ask(self, make):
+        engine = make(enabled=False)
+        assert engine.ask() is None
+        assert engine.scheduler.scheduler.manager.stored is None
+
+    def test_of_requests_that_are_gone(self, warm):
+        warm.ask()
+        assert warm.scheduler._explainer._told == {}
+
+
+def test_the_oldest_keys_are_forgotten_first():
+    recent = Recent(max_keys=2)
+    recent.add([key(1), key(2)])
+    recent.add([key(1), key(3)])
+    assert [key(i) in recent for i in (1, 2, 3)] == [True, False, True]
