@@ -39,7 +39,19 @@ ARROWS = {
     "connector": {"offload", "namespace", "frame", "config", "errors"},
     "plugin": {"offload", "config", "errors"},
     "manifests": {"config", "errors"},
-    "cli": {"manifests", "daemons", "stores", "wire", "namespace", "frame", "host_memory", "config", "errors"},
+    "doctor": set(),
+    "cli": {
+        "doctor",
+        "manifests",
+        "daemons",
+        "stores",
+        "wire",
+        "namespace",
+        "frame",
+        "host_memory",
+        "config",
+        "errors",
+    },
 }
 RUNTIME_MAY_IMPORT = {"config", "host_memory", "reload", "plugin", "errors"}
 

@@ -1,0 +1,272 @@
+"""What the doctor says of servers in every condition: real HTTP, recorded shapes of /metrics and /lmcache/v1/."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from lmcache_ext import cli
+from lmcache_ext.doctor import CONFIG, EXPLAIN, Facts, differences, findings, gather, parse_metrics
+
+LABELS = 'engine="0",model_name="tiny"'
+HEALTHY = f"""\
+# HELP lmcache_ext:cache_active 1 while the KV cache connector is on.
+# TYPE lmcache_ext:cache_active gauge
+lmcache_ext:cache_active{{{LABELS}}} 1.0
+lmcache:num_lookup_requests_total{{{LABELS}}} 4.0
+lmcache:num_requested_tokens_total{{{LABELS}}} 4000.0
+lmcache:num_hit_tokens_total{{{LABELS},tier="host"}} 1024.0
+lmcache:num_hit_tokens_total{{{LABELS},tier="disk"}} 512.0
+lmcache_ext:tier_up{{{LABELS},tier="disk"}} 1.0
+vllm:cache_config_info{{block_size="128",enable_prefix_caching="True",prefix_caching_hash_algo="sha256_cbor"}} 1.0
+"""
+SETTINGS = {
+    "chunk_size": {"value": "256", "origin": "/lmcache/c.yaml:1", "live": False},
+    "bypass": {"value": "false", "origin": "default", "live": True},
+    "freeze": {"value": "false", "origin": "default", "live": True},
+}
+SHOWN = {"digest": "aaaaaaaa", "in_effect": True, "last_refusal": None, "settings": SETTINGS, "engines": {}}
+TOLD = {
+    "namespace": "00ff",
+    "components": {"weights": "w1", "hash": "h"},
+    "reason": "differs",
+    "text": "tokens up to 64 are known",
+    "first_missing_token": 64,
+    "text_before": "once upon",
+    "text_after": " a time",
+}
+
+
+class Answers:
+    """A server that answers as told: path -> (status, text)."""
+
+    def __init__(self, metrics=HEALTHY, config=SHOWN, explanation=TOLD, key=None):
+        self.key = key
+        self.requests = []
+        self.answers = {
+            "/metrics": (200, metrics),
+            CONFIG: (200, json.dumps(config)),
+            EXPLAIN: (200, json.dumps(explanation)),
+        }
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self)
+
+            def do_POST(self):
+                outer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                outer.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def answer(self, handler):
+        status, text = self.answers.get(handler.path, (404, "{}"))
+        if self.key and handler.path != "/metrics" and handler.headers["Authorization"] != f"Bearer {self.key}":
+            status, text = 401, '{"error": "Unauthorized"}'
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve():
+    made = []
+
+    def start(**options):
+        made.append(Answers(**options))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.close()
+
+
+def facts(metrics=HEALTHY, config=SHOWN, **more):
+    return Facts("http://a", 200, config, parse_metrics(metrics), **more)
+
+
+def said(found, level):
+    return [finding.what for finding in found if finding.level == level]
+
+
+def problems(**options):
+    return said(findings(facts(**options)), "problem")
+
+
+def notes(**options):
+    return said(findings(facts(**options)), "note")
+
+
+class TestHealthy:
+    def test_server_has_no_problem_and_says_its_share_of_hits(self):
+        assert problems() == []
+        assert said(findings(facts()), "ok") == [
+            "the cache is on",
+            "1536 of 4000 prompt tokens came from the cache (38.4%), in 4 requests",
+        ]
+
+
+class TestProblem:
+    def test_no_metrics(self):
+        assert problems(metrics="", config={}) == ["there is no /metrics"]
+
+    def test_cache_that_was_never_switched_on(self):
+        assert problems(metrics="vllm:num_requests_running 0\n", config={}) == [
+            "the cache is off: /metrics has nothing of it"
+        ]
+
+    def test_cache_that_turned_itself_off(self):
+        assert (
+            "turned itself off"
+            in problems(metrics=HEALTHY.replace("cache_active{" + LABELS + "} 1", "cache_active 0"))[0]
+        )
+
+    @pytest.mark.parametrize("mode", ["bypass", "freeze"])
+    def test_mode_that_somebody_set(self, mode):
+        settings = SETTINGS | {mode: {"value": "true", "origin": "/lmcache/c.yaml:3", "live": True}}
+        (problem,) = problems(config=SHOWN | {"settings": settings})
+        assert problem.startswith(f"{mode} is true (/lmcache/c.yaml:3)")
+
+    def test_file_that_is_not_in_effect(self):
+        refusal = {"reasons": ["/lmcache/c.yaml:1: chunk_size: 256 -> 128 needs a restart"]}
+        (problem,) = problems(config=SHOWN | {"in_effect": False, "last_refusal": refusal})
+        assert "256 -> 128 needs a restart" in problem
+
+    def test_hash_that_differs_in_every_process(self):
+        assert "xxhash_cbor" in problems(metrics=HEALTHY.replace("sha256_cbor", "xxhash_cbor"))[0]
+
+    def test_prefix_caching_that_is_off(self):
+        metrics = HEALTHY.replace('enable_prefix_caching="True"', 'enable_prefix_caching="False"')
+        assert problems(metrics=metrics) == ["vLLM's prefix caching is off"]
+
+    def test_prompts_shorter_than_a_chunk(self):
+        (problem,) = problems(metrics=HEALTHY.replace("4000.0", "400.0"))
+        assert "100 tokens on average, and a chunk has 256" in problem
+
+    def test_breaker_that_is_open_with_what_opened_it(self):
+        down = (
+            'lmcache_ext:tier_up{tier="redis"} 0\nlmcache_ext:store_failures_total{tier="redis",cause="read.slow"} 5\n'
+        )
+        assert problems(metrics=HEALTHY + down) == ["redis: its circuit breaker is open (failures so far: read.slow)"]
+
+    def test_chunks_that_were_wrong(self):
+        wrong = 'lmcache_ext:corrupt_chunks_total{tier="disk",cause="ChecksumMismatch"} 2\n'
+        assert problems(metrics=HEALTHY + wrong) == ["disk: 2 stored chunks were wrong: ChecksumMismatch"]
+
+    def test_request_that_was_explained(self):
+        (problem,) = problems(explain_status=200, explanation=TOLD)
+        assert problem == "this request: tokens up to 64 are known: ...'once upon' | ' a time'..."
+
+
+class TestNote:
+    def test_no_traffic(self):
+        metrics = "\n".join(line for line in HEALTHY.splitlines() if not line.startswith("lmcache:"))
+        assert notes(metrics=metrics) == ["no request has been looked up since the start"]
+
+    def test_engine_that_has_not_taken_the_file(self):
+        (note,) = notes(config=SHOWN | {"engines": {"1": {"digest": "bbbbbbbb"}, "0": {"digest": "aaaaaaaa"}}})
+        assert note == "engine 1 runs file bbbbbbbb, and the file is aaaaaaaa"
+
+    def test_tier_that_is_full(self):
+        names = ("lmcache_ext:tier_used_bytes", "lmcache_ext:tier_capacity_bytes")
+        full = "".join(f'{name}{{tier="disk"}} 1073741824\n' for name in names)
+        assert "disk is full (1.0 of 1.0 GiB)" in notes(metrics=HEALTHY + full)[0]
+
+    def test_chunks_that_were_not_written(self):
+        dropped = 'lmcache_ext:dropped_chunks_total{tier="disk",cause="StoreFull"} 3\n'
+        assert notes(metrics=HEALTHY + dropped) == ["disk: 3 chunks were not written: StoreFull"]
+
+    def test_request_that_nobody_explains(self):
+        (note,) = notes(explain_status=404, explanation={"error": "is off"})
+        assert note == "this request could not be explained: is off"
+
+
+class TestTwoServers:
+    def pair(self, **changed):
+        other = Facts("http://b", explanation=TOLD | {"components": TOLD["components"] | changed})
+        return list(differences(facts(explanation=TOLD), other))
+
+    def test_of_one_namespace_share(self):
+        assert said(self.pair(), "ok") == ["http://a and http://b have one namespace: 00ff"]
+
+    def test_of_other_weights_never_share_and_the_component_is_named(self):
+        assert said(self.pair(weights="w2"), "problem") == [
+            "http://a and http://b never share: weights differs: w1 and w2"
+        ]
+
+    def test_that_do_not_explain_cannot_be_compared(self):
+        assert said(differences(facts(), Facts("http://b")), "note")
+
+
+class TestAsking:
+    def test_reads_everything_over_http(self, serve):
+        server = serve()
+        found = gather(server.url + "/", request={"prompt": "p"})
+        assert found.setting("chunk_size") == "256"
+        assert found.total("lmcache:num_hit_tokens_total") == 1536
+        assert found.total("lmcache:num_hit_tokens_total", tier="disk") == 512
+        assert found.explanation == TOLD
+        assert server.requests == [{"prompt": "p"}]
+
+    def test_without_the_key_says_that_one_is_needed(self, serve):
+        server = serve(key="secret")
+        assert f"{CONFIG}: needs the server's API key" in said(findings(gather(server.url)), "note")
+        assert gather(server.url, api_key="secret").setting("chunk_size") == "256"
+
+    def test_nothing_but_servers(self, tmp_path):
+        with pytest.raises(ValueError, match="http://host:8080"):
+            gather(f"file://{tmp_path}")
+
+    def test_metrics_with_escapes_and_odd_numbers(self):
+        found = parse_metrics('a{x="q\\"uote",y="b,c"} 1e3\nb NaN\n# c 1\nnonsense\n')
+        assert found["a"] == [({"x": 'q\\"uote', "y": "b,c"}, 1000.0)]
+        assert set(found) == {"a", "b"}
+
+
+class TestCommand:
+    def test_is_0_for_a_healthy_server(self, serve, capsys):
+        assert cli.main(["doctor", serve().url]) == 0
+        assert "ok: the cache is on" in capsys.readouterr().out
+
+    def test_is_1_with_a_problem_and_its_way_out(self, serve, capsys, tmp_path):
+        (tmp_path / "key").write_text("secret\n")
+        (tmp_path / "body.json").write_text('{"messages": []}')
+        server = serve(key="secret")
+        command = [
+            "doctor",
+            server.url,
+            "--api-key-file",
+            str(tmp_path / "key"),
+            "--request",
+            str(tmp_path / "body.json"),
+        ]
+        assert cli.main(command) == 1
+        assert "problem: this request: tokens up to 64 are known" in capsys.readouterr().out
+        assert server.requests == [{"messages": []}]
+
+    def test_compares_several(self, serve, capsys):
+        other = TOLD | {"components": {"weights": "w2", "hash": "h"}}
+        assert cli.main(["doctor", serve().url, serve(explanation=other).url]) == 1
+        out = capsys.readouterr().out
+        assert "weights differs: w1 and w2" in out
+        assert "this request" not in out
+
+    @pytest.mark.parametrize(
+        "arguments", [["http://127.0.0.1:1"], ["localhost:8080"], ["http://h", "--request", "/no"]]
+    )
+    def test_is_2_where_nobody_can_be_asked(self, arguments, capsys):
+        assert cli.main(["doctor", *arguments]) == 2
+        assert capsys.readouterr().err
