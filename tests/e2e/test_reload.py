@@ -104,7 +104,8 @@ def lines(settings: dict[str, str]) -> str:
 def tuned_server(tmp_path, **settings: str) -> Iterator[Tuned]:
     volume = ConfigMapVolume(tmp_path / "mount", {NAME: lines(settings)})
     env = {"LMCACHE_CONFIG_FILE": str(tmp_path / "mount" / NAME)}
-    with cache_server(gpu_blocks=40, env=env, cache={"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.25"}) as server:
+    options = {"args": ["--enable_lmcache_endpoints"], "cache": {"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.25"}}
+    with cache_server(gpu_blocks=40, env=env, **options) as server:
         tuned = Tuned(server, volume)
         tuned.settings = dict(settings)
         yield tuned
@@ -125,6 +126,7 @@ def test_a_configmap_is_changed_under_load_and_no_request_fails(tmp_path):
             assert traffic.failures == []
             assert traffic.answered > 20
             what_the_new_store_has_is_found_and_nothing_new_is_stored(tuned, twin)
+            the_server_explains_what_it_does_not_find(tuned)
 
 
 def capacity_shrinks_and_a_fixed_setting_is_refused(tuned):
@@ -176,6 +178,16 @@ def what_the_new_store_has_is_found_and_nothing_new_is_stored(tuned, twin):
     assert cached_tokens(ask(server, prompt(2, TOKENS))) == 0
     assert tuned.sample(READ, tier="1:lm") > read
     assert tuned.sample(WRITTEN, tier="1:lm") == written > 0
+
+
+def the_server_explains_what_it_does_not_find(tuned):
+    explain = {seed: tuned.server.post("/lmcache/v1/explain", {"prompt": prompt(seed, TOKENS)}) for seed in (1, 3)}
+    found, missing = explain[1].json(), explain[3].json()
+    assert (found["reason"], found["gpu_tokens"] + found["cache_tokens"]) == ("all", REUSED)
+    assert (missing["reason"], missing["first_missing_token"]) == ("frozen", 0)
+    assert missing["tiers"] == {"host": "miss", "lm": "miss"}
+    assert missing["text_after"]
+    assert missing["components"]["chunk"] == f"blocks=2 row={ROW_BYTES}"
 
 
 def is_still(value) -> bool:
