@@ -6,7 +6,8 @@ directories with `..data`, environment with `$(NAME)` filled in, probes, preStop
 period is over.
 
 What is not: the image's files are this machine's and this checkout's, memory limits are told but not enforced, and the
-network is either shared with this machine, each port mapped to a free one, or has nobody else in it.
+network is either shared with this machine, each port mapped to a free one, or has nobody else in it, or is a namespace
+of the test's with other pods on a bridge.
 """
 
 from __future__ import annotations
@@ -66,15 +67,18 @@ class Pod:
         ports: Mapping[int, int] = {},
         mounts: Mapping[str, Path] = {},
         programs: Path | None = None,
+        network: str | None = None,
+        hosts: str | None = None,
     ) -> None:
         """`ports` maps a port of the manifest to one of this machine; without any the pod has its own network.
 
-        `mounts` are directories from elsewhere, `programs` is one for PATH.
+        `mounts` are directories from elsewhere, `programs` is one for PATH; `network` is a namespace that exists, and
+        `hosts` what its names are.
         """
         self.name, self.spec, self.image, self.directory = name, spec, image, directory
         (self.container,) = spec["containers"]
         self.ports = dict(ports)
-        self._programs = programs
+        self._programs, self._network, self._hosts = programs, network, hosts
         self._config_maps, self._secrets, self._mounts = config_maps, secrets, mounts
         self.volumes: dict[str, ConfigMapVolume] = {}
         self._paths = {volume["name"]: self._make(volume) for volume in spec.get("volumes", [])}
@@ -132,7 +136,15 @@ class Pod:
         read, write = os.pipe()
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self._sandbox(write), *self._user(), "env", "-i", *self._environment(), *self._command()],
+                [
+                    *self._enter_network(),
+                    *self._sandbox(write),
+                    *self._user(),
+                    "env",
+                    "-i",
+                    *self._environment(),
+                    *self._command(),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -142,6 +154,9 @@ class Pod:
         os.close(write)
         with os.fdopen(read) as info:
             self.pid = json.loads(info.read())["child-pid"]
+
+    def _enter_network(self) -> list[str]:
+        return [] if self._network is None else ["nsenter", f"--net=/run/netns/{self._network}"]
 
     def _sandbox(self, info_fd: int) -> list[str]:
         cgroup = self.directory / "cgroup"
@@ -153,12 +168,21 @@ class Pod:
         python -= {path for path in python if path.startswith("/usr")}
         return [
             *(sandbox(), "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
-            *("--hostname", self.name, "--info-fd", str(info_fd), *([] if self.ports else ["--unshare-net"])),
+            *("--hostname", self.name, "--info-fd", str(info_fd)),
+            *([] if self.ports or self._network else ["--unshare-net"]),
             *(*system, "--proc", "/proc", "--dev", "/dev", "--ro-bind", str(cgroup), "/sys/fs/cgroup"),
             *(word for path in sorted(python) for word in (*_parents(path), "--ro-bind", path, path)),
+            *self._names(),
             *self._binds(),
             *("--remount-ro", "/", "--chdir", "/opt"),
         ]
+
+    def _names(self) -> list[str]:
+        if self._hosts is None:
+            return []
+        file = self.directory / "hosts"
+        file.write_text(f"127.0.0.1 localhost\n{self._hosts}")
+        return ["--ro-bind", str(file), "/etc/hosts"]
 
     def _user(self) -> list[str]:
         security = {**self.spec.get("securityContext", {}), **self.container["securityContext"]}

@@ -8,10 +8,11 @@ case $master in
 redis-*.redis) ;;
 *) master=redis-0.redis ;;
 esac
-{
+{ # one file that Sentinel may rewrite
+  cat /etc/redis/redis.conf
   echo "requirepass $REDISCLI_AUTH"
   echo "masterauth $REDISCLI_AUTH"
   echo "replica-announce-ip $me" # a name: addresses change with every restart
   [ "$master" = "$me" ] || echo "replicaof $master 6379"
-} >/run/redis/pod.conf
-exec redis-server /etc/redis/redis.conf
+} >/run/redis/redis.conf
+exec redis-server /run/redis/redis.conf
