@@ -25,6 +25,7 @@ from runtime.argv import (
     Notes,
     Token,
     UsageError,
+    asks_for_help,
     check_known,
     expand_config_file,
     one_line,
@@ -145,7 +146,7 @@ def parse(argv: Iterable[str]) -> Settings:
     own_parser = _own_parser()
     own, rest = _parse_own(own_parser, tokens)
     _check_own(own, notes)
-    model = _model(own, rest)
+    model = "" if asks_for_help(rest) else _model(own, rest)
     if cache is not None and kv_config is not None and own.enable_lmcache_endpoints:
         kv_config["kv_connector_extra_config"] = {**(kv_config.get("kv_connector_extra_config") or {}), EXPLAIN: True}
     engine = _parse_engine(rest, own, own_parser, kv_config, model, notes)
@@ -316,7 +317,7 @@ def _parse_engine(
     parser = make_arg_parser(EngineParser(prog="python -m runtime"))
     actions = {option: action for action in parser._actions for option in action.option_strings}
     check_known(rest, {*actions, *_spellings(own_parser), *ALIASES})
-    if any(token.name in ("-h", "--help") for token in rest):
+    if asks_for_help(rest):
         own_parser.print_help()
         parser.parse_args(["--help"])
     given = {token.root for token in rest}

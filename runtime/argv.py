@@ -20,6 +20,7 @@ import yaml
 from lmcache_ext.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, CONNECTOR_NAMES, LOAD_FAILURE_POLICY
 
 KV_FLAG = "--kv-transfer-config"
+HELP = ("-h", "--help")
 # In KVTransferConfig until vLLM 0.31; still in everybody's YAML. None of them ever meant anything to LMCache.
 # (kv_port stayed: other connectors use it.)
 REMOVED_KV_FIELDS = frozenset({"kv_buffer_size", "kv_rank", "kv_parallel_size", "kv_ip"})
@@ -138,13 +139,17 @@ def _yaml_word(value: object) -> str:
 def check_known(tokens: Iterable[Token], known: Collection[str]) -> None:
     """Raise UsageError at the first flag no parser has, naming the nearest one."""
     for token in tokens:
-        if token.name is None or token.root in known or token.name in ("-h", "--help"):
+        if token.name is None or token.root in known or token.name in HELP:
             continue
         if any(token.name.startswith(short) for short in known if re.fullmatch(r"-[A-Z]", short)):
             continue  # -O3
         near = difflib.get_close_matches(token.root, known, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all flags"
         raise UsageError(f"unknown flag {token.root}{hint}")
+
+
+def asks_for_help(tokens: Iterable[Token]) -> bool:
+    return any(token.name in HELP for token in tokens)
 
 
 def take_kv_transfer(tokens: list[Token], notes: Notes) -> tuple[list[Token], dict[str, Any] | None]:

@@ -253,3 +253,10 @@ def test_requests_may_ask_the_cache_for_an_explanation_on_request_only(model, fl
     settings = parse([f"--model_dir={model}", "--kv-transfer-config", JSON_CONFIG, *flags])
     extra = settings.engine.kv_transfer_config.kv_connector_extra_config
     assert extra.get("lmcache_ext.explain_enabled", False) is bool(flags)
+
+
+def test_help_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    assert "--model_id" in capsys.readouterr().out
