@@ -1,14 +1,18 @@
-"""An InferenceService as a cluster would run it: rendered like KServe; started, probed and ended like kubelet."""
+"""An InferenceService as a cluster would run it: rendered like KServe; started, probed, changed, ended like kubelet.
+
+The tests are the life of one pod, in order; towards the end it is started a second time.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,10 +20,12 @@ import pytest
 
 from tests.deploy.image import image
 from tests.deploy.kserve_render import render
-from tests.deploy.manifests import DEPLOY, build, of_kind
+from tests.deploy.manifests import DEPLOY, EXAMPLES, build, of_kind
 from tests.deploy.pod import Pod
+from tests.deploy.test_monitoring import asked_for
 from tests.e2e.cache import CHUNK, model, prompt
 from tests.e2e.server import cached_tokens
+from tests.lm_servers import serving
 from tests.servers import Server as Backend
 from tests.servers import free_port, redis_binary, until
 
@@ -28,9 +34,16 @@ pytestmark = pytest.mark.e2e
 PASSWORD = "f3a9c04e"
 SECRETS = {"lmcache-auth": {"password": PASSWORD}}
 START_S = 150
+ARRIVE_S = 15
 PAUSE_S = 0.1
 TOKENS = 3 * CHUNK + 9
 REUSED = 3 * CHUNK
+# Counters with labels begin with the first event; sizes are of tiers that know theirs, such as a disk.
+NOT_IN_THIS_LIFE = {
+    *("lmcache_ext:corrupt_chunks_total", "lmcache_ext:dropped_chunks_total", "lmcache_ext:store_failures_total"),
+    *("lmcache_ext:abandoned_chunks_total", "lmcache_ext:hook_failures_total", "lmcache_ext:config_reloads_total"),
+    *("lmcache_ext:tier_used_bytes", "lmcache_ext:tier_capacity_bytes"),
+}
 # What differs on this machine: a tiny model from a volume, one core, little memory.
 ARGS = ["--enforce-eager", "--dtype=float32", "--max-model-len=4608", "--num-gpu-blocks-override=40"]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "1", "HF_HUB_OFFLINE": "1"}
@@ -134,38 +147,121 @@ class Load:
         self._thread.join(60)
 
 
-@contextmanager
-def redis(directory: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory):
+    """What the overlay's ConfigMap points to."""
     port = free_port()
     words = ["--port", str(port), "--save", "", "--requirepass", PASSWORD]
-    backend = Backend(redis_binary(), directory, *words, port=port)
-    backend.start()
-    try:
-        yield f'"redis://localhost:{port}"'
-    finally:
-        backend.kill()
+    backend = Backend(redis_binary(), tmp_path_factory.mktemp("redis"), *words, port=port)
+    yield backend.start()
+    backend.kill()
 
 
-def test_pod_keeps_every_pending_store_through_its_end(tmp_path):
-    (tmp_path / "pod").mkdir()
-    with redis(tmp_path) as url:
-        cluster = Cluster("redis", tmp_path / "pod", remote_url=url, max_local_cpu_size="0.5")
-        pod = cluster.pod
-        try:
-            pod.start()
-            assert not pod.probe("readinessProbe")
-            pod.wait_started(START_S)
-            assert pod.probe("readinessProbe")
-            assert pod.probe("livenessProbe")
-            with Load(cluster, 1) as load:
-                until(lambda: len(load.answered) >= 4 or bool(load.failed), "answers", 60)
-                began = time.monotonic()
-                assert pod.stop() == 0, pod.tail()
-                took_s = time.monotonic() - began
-            assert took_s < pod.spec["terminationGracePeriodSeconds"]
-            assert "shutting down" in load.failed[0], load.failed  # the one that met the closed door
-            pod.start()
-            pod.wait_started(START_S)
-            assert [cluster.hit(seed) for seed in load.answered] == [REUSED] * len(load.answered)
-        finally:
-            pod.kill()
+@pytest.fixture(scope="module")
+def lm():
+    """Where it shall point later."""
+    port = free_port()
+    with serving("--http-port", str(port)) as server:
+        yield SimpleNamespace(url=f'"lm://localhost:{server.port}"', http=port)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, redis):
+    found = Cluster("redis", tmp_path_factory.mktemp("pod"), **common(f'"redis://localhost:{redis.port}"'))
+    found.pod.start()
+    yield found
+    found.pod.kill()
+
+
+def common(url: str) -> dict[str, str]:
+    return {"max_local_cpu_size": "0.5", "remote_url": url}
+
+
+def num_objects(lm: SimpleNamespace) -> int:
+    """Objects that the cache server holds."""
+    text = httpx.get(f"http://127.0.0.1:{lm.http}/metrics", timeout=5.0).text
+    (line,) = [line for line in text.splitlines() if line.startswith("lmcache_server_objects ")]
+    return int(line.split()[1])
+
+
+def changes(cluster: Cluster, load: Load, lines: Sequence[str], **values: str) -> None:
+    """Apply, and wait until the engine has said each of `lines` and answered twice after that."""
+    seen = len(cluster.pod.log())
+    cluster.apply(**values)
+    until(lambda: all(line in cluster.pod.log()[seen:] for line in lines) or bool(load.failed), f"{lines}", ARRIVE_S)
+    more(load, 2)
+
+
+def more(load: Load, count: int) -> None:
+    """Wait for more answers."""
+    enough = len(load.answered) + count
+    until(lambda: len(load.answered) >= enough or bool(load.failed), f"{count} answers", 60)
+    assert load.failed == []
+
+
+def test_probes_say_when_it_is_ready(cluster):
+    pod = cluster.pod
+    until(lambda: pod.probe("livenessProbe"), "alive while it loads", START_S)
+    assert not pod.probe("readinessProbe")
+    pod.wait_started(START_S)
+    assert pod.probe("readinessProbe")
+    assert pod.probe("livenessProbe")
+
+
+def test_readmes_last_command_shows_an_answer_from_the_cache(cluster):
+    url = f"http://localhost:{cluster.pod.ports[8080]}"
+    said = cluster.pod.run("python", str(EXAMPLES / "ask_twice.py"), url, timeout_s=60) or ""
+    first, second = re.findall(r"^qwen: (\d+) prompt tokens, (\d+) from the cache, \d+ ms$", said, re.MULTILINE)
+    assert first[1] == "0"
+    assert int(second[1]) > int(first[0]) - CHUNK, said
+    print(said)
+
+
+def test_configmap_changes_arrive_under_load_and_fail_no_request(cluster, redis, lm):
+    url = f'"redis://localhost:{redis.port}"'
+    with Load(cluster, 1000) as load:
+        more(load, 2)
+        assert num_objects(lm) == 0
+        changes(cluster, load, ["max_local_cpu_size"], **(common(url) | {"max_local_cpu_size": "0.25"}))
+        changes(cluster, load, ["remote_url"], **common(lm.url))
+        until(lambda: num_objects(lm) > 0, "chunks in the cache server", 30)
+        changes(cluster, load, ["freeze"], **common(lm.url), freeze="true")
+        frozen = settled(lambda: num_objects(lm))
+        more(load, 4)
+        assert num_objects(lm) == frozen
+        changes(cluster, load, ["freeze"], **common(lm.url))
+        until(lambda: num_objects(lm) > frozen, "chunks written again", 30)
+    assert load.failed == []
+    assert cluster.hit(1000) == REUSED  # stored before the first change, and never lost
+    assert cluster.metric("lmcache_ext:config_reloads_total") == 4
+
+
+def settled(read: Callable[[], int]) -> int:
+    """The number once it has not changed for a second: what was under way has come through."""
+    last, since = read(), time.monotonic()
+    while time.monotonic() - since < 1.0:
+        time.sleep(0.1)
+        if (now := read()) != last:
+            last, since = now, time.monotonic()
+    return last
+
+
+def test_pod_ends_in_time_and_loses_no_pending_store(cluster):
+    pod = cluster.pod
+    with Load(cluster, 1) as load:
+        more(load, 4)
+        began = time.monotonic()
+        assert pod.stop() == 0, pod.tail()
+        took_s = time.monotonic() - began
+    assert took_s < pod.spec["terminationGracePeriodSeconds"]
+    assert "shutting down" in load.failed[0], load.failed  # the one that met the closed door
+    pod.start()
+    pod.wait_started(START_S)
+    assert [cluster.hit(seed) for seed in load.answered] == [REUSED] * len(load.answered)
+
+
+def test_what_the_dashboard_and_the_alerts_ask_for_is_there(cluster):
+    lines = cluster.http.get("/metrics").text.splitlines()
+    exposed = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in lines if not line.startswith("#")}
+    ours = {name for name in asked_for() if not name.startswith("lmcache_server_")}
+    assert ours - exposed - NOT_IN_THIS_LIFE == set()
