@@ -23,7 +23,7 @@ ABI = 1  # kvx_cachegen_abi() in csrc/cachegen.cpp
 Bins = npt.NDArray[np.float32]
 """(layers, 2): of keys and of values, how many steps cover eight standard deviations."""
 
-_NO_ROOM = -7
+_SLACK_BYTES = 256  # that the encoder wants free while it works
 _REFUSALS: dict[int, tuple[type[FrameError], str]] = {
     -1: (TruncatedFrame, "payload of {found} bytes ends within its header or directory"),
     -2: (UnsupportedVersion, "payload of another version of cachegen"),
@@ -44,25 +44,24 @@ def instruction_sets() -> range:
 
 
 def bound(layout: Layout) -> int:
-    """More than any payload of rows of this layout has: a word and an escape for each element."""
-    lines = layout.layers * layout.heads * sum(layout.dims)
-    return (
-        24 + 8 * layout.layers + layout.layers * 2 * (136 + 4 * layout.heads) + lines * (3 + 6 * _tokens(layout) + 64)
-    )
+    """The longest payload of rows of this layout: the row, and what tells where things are."""
+    lines = layout.heads * sum(layout.dims)
+    return layout.row_bytes + 24 + layout.layers * (8 + 2 * (4 * layout.heads + 136) + 4 * lines)
 
 
 def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
-    """The payload of a row of `layout.row_bytes`."""
+    """The payload of a row of `layout.row_bytes`; with half the bins, or less, where it would exceed `bound`."""
     source = _row(layout, row)
     if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
         raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
-    steps = np.ascontiguousarray(bins)
-    out = np.empty(bound(layout), dtype=np.uint8)  # mostly untouched, so mostly no memory
-    arguments = (layout.struct, steps.ctypes.data, source.ctypes.data, out.ctypes.data, out.size)
-    written = int(_loaded().kvx_cachegen_encode(*arguments))
-    if written < 0:
-        raise AssertionError(f"cachegen's encoder ran out of {out.size} bytes: {written}")
-    return out[:written].copy().data  # the rest of `out` must not live as long as the payload
+    out = np.empty(bound(layout) + _SLACK_BYTES, dtype=np.uint8)  # mostly untouched, so mostly no memory
+    while True:
+        steps = np.ascontiguousarray(bins)
+        arguments = (layout.struct, steps.ctypes.data, source.ctypes.data, out.ctypes.data, out.size)
+        written = int(_loaded().kvx_cachegen_encode(*arguments))
+        if 0 <= written <= bound(layout):
+            return out[:written].copy().data  # the rest of `out` must not live as long as the payload
+        bins = bins * np.float32(0.5)  # numbers that no bell fits, mostly escapes: coarser ones are fewer
 
 
 def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> None:
@@ -78,10 +77,6 @@ def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> 
     if result < 0:
         kind, text = _REFUSALS[result]
         raise kind(text.format(found=source.size))
-
-
-def _tokens(layout: Layout) -> int:
-    return layout.blocks * layout.tokens
 
 
 def _row(layout: Layout, row: memoryview) -> Bytes:

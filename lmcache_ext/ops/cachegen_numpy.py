@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lmcache_ext.errors import BadPayload, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import rans_numpy as rans
-from lmcache_ext.ops.cachegen import Bins
+from lmcache_ext.ops.cachegen import Bins, bound
 from lmcache_ext.ops.fixed_numpy import Floats, load_plane, store_plane
 from lmcache_ext.ops.layout import Int32s, Layout
 from lmcache_ext.ops.rans_numpy import Model
@@ -50,8 +50,12 @@ class Part(NamedTuple):
 def encode(layout: Layout, bins: Bins, row: bytes) -> bytes:
     """The payload of a row."""
     flat = np.frombuffer(row, dtype=np.uint8)
-    bodies = [_encode_part(layout, part, flat, bins.reshape(-1)[i]) for i, part in enumerate(_parts(layout))]
-    return _header(layout) + b"".join(struct.pack("<I", len(body)) for body in bodies) + b"".join(bodies)
+    while True:
+        bodies = [_encode_part(layout, part, flat, bins.reshape(-1)[i]) for i, part in enumerate(_parts(layout))]
+        payload = _header(layout) + b"".join(struct.pack("<I", len(body)) for body in bodies) + b"".join(bodies)
+        if len(payload) <= bound(layout):
+            return payload
+        bins = bins * np.float32(0.5)
 
 
 def decode(layout: Layout, coded: bytes, row: bytearray) -> None:

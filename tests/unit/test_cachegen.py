@@ -97,6 +97,15 @@ def test_a_row_shrinks_to_what_its_bins_say():
     assert smooth > 1.3 * normal  # neighbours are alike
 
 
+def test_row_that_no_bell_fits_gets_coarser_bins_rather_than_a_payload_longer_than_itself():
+    layout = plain_layout(tokens=256, dim=32)
+    row = random_row(layout)  # 512 steps to a standard deviation: most would escape
+    payload = encode(layout, row, bins_of(layout, 4096, 4096))
+    assert len(payload) <= cachegen.bound(layout) < 1.2 * layout.row_bytes
+    assert payload == cachegen_numpy.encode(layout, bins_of(layout, 4096, 4096), row)
+    assert payload == encode(layout, row, bins_of(layout, 512, 512))
+
+
 def test_bins_are_those_of_their_layer_and_part():
     layout = plain_layout(tokens=64, layers=2)
     row = random_row(layout)
