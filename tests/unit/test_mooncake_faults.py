@@ -6,6 +6,7 @@ import mmap
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -202,7 +203,11 @@ def test_an_engine_that_hangs_costs_its_objects_and_nothing_is_written_late(serv
         assert store.get_into(key_of("row"), [rows[MIB:]]) == MIB
         rows[MIB:] = bytes(MIB)
         engine.send_signal(signal.SIGSTOP)
-        fails_within(lambda: store.get_into(key_of("row"), [rows[MIB:]]), 5.0)
+        with ThreadPoolExecutor(1) as pool:
+            stuck = pool.submit(store.get_into, key_of("row"), [rows[MIB:]])
+            assert store.exists([key_of("row")]) == [True]  # nobody else waits
+            assert not stuck.done()
+            fails_within(stuck.result, 5.0)
         filled = bytes(rows[MIB:])
         assert store._session._client is None
         engine.send_signal(signal.SIGCONT)
