@@ -71,7 +71,7 @@ class Cache:
         """File name within the volume -> key of the ConfigMap, for those that appear there."""
         items = self.volume.at("configMap", "items") if self.volume else None
         if items is not None:
-            return {item.text_at("path"): item.text_at("key") for item in items.items()}
+            return {path: item.text_at("key") for item in items.items() if (path := item.text_at("path"))}
         return {pair.name: pair.name for pair in self.config_map.node.pairs_at("data")} if self.config_map else {}
 
     @cached_property

@@ -62,6 +62,15 @@ CACHE_SERVER = _names(
     affinity serde
     """
 )
+# Keys, wherever they stand, that hold more than a single value.
+COMPOSITE = _names(
+    """
+    annotations podAnnotations labels podLabels resources pvcStorage pvcAccessMode pvcMatchLabels pvcLabels
+    pvcAnnotations extraVolumes extraVolumeMounts initContainer envFromSecret env affinity nodeSelectorTerms
+    nodeSelector tolerations hf_token vllmApiKey configs securityContext containerSecurityContext strategy
+    livenessProbe imagePullSecrets serviceAnnotations extraArgs accessModes nfs extraObjects
+    """
+)
 
 
 def models(values: Node) -> Iterator[Node]:

@@ -182,12 +182,12 @@ def replace(node: Node, value: object) -> Edits:
     if style == "'":
         text = "'" + str(value).replace("'", "''") + "'"
     gap = " " if raw.start_mark.index == raw.end_mark.index else ""  # a key without a value
-    return node.window.edit(raw.start_mark.index, raw.end_mark.index, gap + text)
+    return node.window.edit(raw.start_mark.index, _end(node), gap + text)
 
 
 def quote(node: Node) -> Edits:
     """Make a string of a number or a boolean, as written."""
-    return node.window.edit(node.raw.start_mark.index, node.raw.end_mark.index, json.dumps(node.text))
+    return node.window.edit(node.raw.start_mark.index, _end(node), json.dumps(node.text))
 
 
 def rename(node: Node, name: str) -> Edits:

@@ -2,16 +2,17 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 
 import pytest
 
 from lmcache_ext.cli import main
-from lmcache_ext.manifests.check import check
+from lmcache_ext.manifests.check import check, mend
 from lmcache_ext.manifests.rules import RULES
 from lmcache_ext.manifests.text import File
-from tests.traps import ENGINE, Trap, failures, spring
+from tests.traps import EMPTY_DIR, ENGINE, RUNTIME, SENTINEL, STORES, VALUES, Trap, failures, spring
 from tests.traps import checked as check_text
 from tests.unit.test_check_engine import TRAPS
 from tests.unit.test_check_stores import HELM_TRAPS, STORE_TRAPS
@@ -196,6 +197,34 @@ def test_a_bomb_of_aliases_and_a_pit_of_lists_are_survived():
     assert len(repr(found.bundle)) < 1000
     (line,) = check([File("pit.yaml", "[" * 1000)]).unreadable
     assert line.startswith("pit.yaml:1:1: not valid YAML")
+
+
+def damaged(text, rng):
+    """The text with a line or three gone, doubled, emptied, moved or given another value."""
+    lines = text.split("\n")
+    for _ in range(rng.randint(1, 3)):
+        index = rng.randrange(len(lines))
+        name = lines[index].partition(":")[0]
+        lines[index : index + 1] = rng.choice(
+            [
+                [],
+                [lines[index]] * 2,
+                [f"{name}:"],
+                ["  " + lines[index]],
+                [f"{name}: {rng.choice(['{}', '[]', 'null', 'true', '12', '|', '{a: b}'])}"],
+            ]
+        )
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_manifests_are_survived_and_mended_once_and_for_all(seed):
+    rng = random.Random(seed)
+    for base in (ENGINE, EMPTY_DIR, RUNTIME, STORES, SENTINEL, VALUES) * 3:
+        before = [File("x.yaml", damaged(base, rng))]
+        result = mend(before)
+        assert bool(result.unreadable) == bool(check(before).unreadable), before[0].text
+        assert mend(result.fixed or before).fixed == (), before[0].text
 
 
 def test_secrets_in_a_value_are_not_shown():

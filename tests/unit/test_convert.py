@@ -387,11 +387,21 @@ def test_waiting_for_the_cache_server_is_not_carried_over():
             "    lmcacheConfig: {enabled: true, cpuOffloadingBufferSize: lots}\n",
             "is not a size",
         ),
+        (
+            "cacheserverSpec:\n  servicePort: [81]\n",
+            r"x.yaml:2:3: cacheserverSpec.servicePort: a single value is expected",
+        ),
+        ("cacheserverSpec:\n  replicaCount: two\n", "cacheserverSpec.replicaCount: a whole number is expected"),
+        (
+            "cacheserverSpec:\n  resources: {limits: 10G}\n",
+            "resources: requests and limits, each a mapping, is expected",
+        ),
+        ("servingEngineSpec:\n  tolerations: [a]\n  modelSpec:\n  - {name: a, modelURL: m}\n", "a list of mappings"),
     ],
 )
 def test_what_cannot_be_carried_over_is_one_line(text, problem):
     with pytest.raises(ManifestError, match=problem):
-        convert(File("values.yaml", text), Options())
+        convert(File("x.yaml", text), Options())
 
 
 def test_the_program_prints_manifests_and_names_the_rest(capsys, tmp_path):

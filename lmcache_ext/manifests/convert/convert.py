@@ -48,7 +48,7 @@ def convert(file: File, options: Options) -> Converted:
     serving = root.inner("servingEngineSpec")
     engines, names = _engines(serving, options, remote, shared)
     router = servers.router_service(root.inner("routerSpec"), options, names)
-    extra = root.take("extraObjects", "as they are", default=[])
+    extra = root.mappings("extraObjects", "as they are")
     for name, why in _ELSEWHERE.items():
         root.refuse(why, name)
     root.close()
@@ -67,7 +67,7 @@ def _engines(
 ) -> tuple[list[Values], list[str]]:
     """(objects, names of the models)."""
     wanted = serving.take("enableEngine", "whether there are models", default=True)
-    port = int(serving.take("servicePort", "the port of each model's Service", default=80))
+    port = serving.whole("servicePort", "the port of each model's Service", 80)
     made: list[tuple[models.Model, Cache | None]] = []
     objects: list[Values] = _configs(serving, options)
     for section in serving.each("modelSpec"):
@@ -112,8 +112,7 @@ def _write_init_container(model: models.Model) -> None:
     if "cache-server" in str(container) or "SERVER_SERVICE_PORT" in str(container):
         section.refuse("the engine starts without the cache server, and finds it when it is there", "initContainer")
         return
-    section.take("initContainer", "predictor.initContainers")
-    container = dict(container)
+    container = dict(section.mapping("initContainer", "predictor.initContainers"))
     mounts = list(container.pop("extraVolumeMounts", None) or [])
     if container.pop("mountPvcStorage", False):
         mounts += [mount for mount in model.mounts if mount["mountPath"] == "/data"]
@@ -147,7 +146,7 @@ def _close_serving(serving: Section, *, any_model: bool) -> None:
 
 
 def _configs(serving: Section, options: Options) -> list[Values]:
-    data = serving.take("configs", f"ConfigMap {options.release}-configs, envFrom", default={})
+    data = serving.mapping("configs", f"ConfigMap {options.release}-configs, envFrom")
     values = {str(key): str(value) for key, value in data.items()}
     return [models.config_map(f"{options.release}-configs", values)] if values else []
 
@@ -166,13 +165,13 @@ def _shared_storage(section: Section, options: Options) -> tuple[list[Values], s
         return [], ""
     name = f"{options.release}-shared-pvc-storage"
     spec: Values = {
-        "accessModes": section.take("accessModes", "the claim of all models", default=["ReadWriteMany"]),
+        "accessModes": section.items("accessModes", "the claim of all models", ["ReadWriteMany"]),
         "resources": {"requests": {"storage": str(section.take("size", "the claim of all models", default="100Gi"))}},
     }
     storage_class = section.take("storageClass", "the claim of all models")
     spec |= {"storageClassName": storage_class} if storage_class else {}
     path = section.take("hostPath", "a PersistentVolume")
-    nfs = section.take("nfs", "a PersistentVolume", default={})
+    nfs = section.mapping("nfs", "a PersistentVolume")
     section.refuse("the claim is mounted, and needs no image", "image")
     section.close()
     objects: list[Values] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lmcache_ext.errors import ManifestError
+from lmcache_ext.manifests import chart
 from lmcache_ext.manifests.nodes import Node
 from lmcache_ext.manifests.text import Place
 
@@ -57,7 +60,53 @@ class Section:
         """The value of a key that goes to ``target``; ``default`` where it is absent or null."""
         node = self._ask(name, mapped=True, target=target)
         value = node.value() if node is not None else None
+        if isinstance(value, dict | list) and name not in chart.COMPOSITE:
+            raise self._wrong(name, "a single value")
         return default if value is None else value
+
+    def whole(self, name: str, target: str, default: int) -> int:
+        """A whole number. Raises ManifestError for anything else."""
+        value = self.take(name, target, default)
+        if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value)):
+            raise self._wrong(name, "a whole number")
+        return int(value)
+
+    def mapping(self, name: str, target: str, default: Values | None = None) -> Values:
+        """A mapping, empty where there is none. Raises ManifestError for anything else."""
+        value = self.take(name, target, default or {})
+        if not isinstance(value, dict):
+            if value == "":
+                return {}
+            raise self._wrong(name, "a mapping")
+        return value
+
+    def resources(self, target: str) -> Values:
+        """``resources``, whose requests and limits are mappings. Raises ManifestError for anything else."""
+        value = {part: each for part, each in self.mapping("resources", target).items() if each is not None}
+        if not all(isinstance(value.get(part, {}), dict) for part in ("requests", "limits")):
+            raise self._wrong("resources", "requests and limits, each a mapping,")
+        return {part: each for part, each in value.items() if part in ("requests", "limits")}
+
+    def items(self, name: str, target: str, default: list[Any] | None = None) -> list[Any]:
+        """A list, empty where there is none. Raises ManifestError for anything else."""
+        value = self.take(name, target, default or [])
+        if not isinstance(value, list):
+            if value == "":
+                return []
+            raise self._wrong(name, "a list")
+        return value
+
+    def mappings(self, name: str, target: str) -> list[Values]:
+        """A list of mappings. Raises ManifestError for anything else."""
+        value = self.items(name, target)
+        if not all(isinstance(item, dict) for item in value):
+            raise self._wrong(name, "a list of mappings")
+        return value
+
+    def _wrong(self, name: str, wanted: str) -> ManifestError:
+        node = self.node.at(name) if self.node is not None else None
+        place = f"{node.place}: " if node is not None else ""
+        return ManifestError(f"{place}{self._path(name)}: {wanted} is expected here")
 
     def peek(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
         """The value, without a word in the ledger."""

@@ -92,7 +92,7 @@ def _write_vllm(model: Model, config: Section) -> None:
     for key, flag in numbers.items():
         value = config.take(key, f"--{flag}")
         model.args += [f"--{flag}={value}"] if value is not None else []
-    model.args += [str(word) for word in config.take("extraArgs", "args, behind the others", default=[])]
+    model.args += [str(word) for word in config.items("extraArgs", "args, behind the others")]
     for key, modern in (("v1", "1"), ("v0", "0")):
         if str(config.peek(key, modern)) == modern:
             config.take(key, "nothing: vLLM has no other engine any more")
@@ -106,7 +106,7 @@ def write_env(model: Model, serving: Section) -> None:
     """The variables, and tokens as references to a Secret."""
     section, options = model.section, model.options
     for owner in (serving, section):
-        model.env += [dict(item) for item in owner.take("env", "env", default=[])]
+        model.env += [dict(item) for item in owner.mappings("env", "env")]
     token = section.take("hf_token", f"Secret {options.secret}, env HF_TOKEN")
     if token:
         model.env.insert(0, _from_secret(model, "HF_TOKEN", token, f"hf_token_{model.name}"))
@@ -121,7 +121,7 @@ def write_env(model: Model, serving: Section) -> None:
     sources = []
     if serving.peek("configs"):
         sources.append({"configMapRef": {"name": f"{options.release}-configs"}})
-    secret = section.take("envFromSecret", "envFrom", default={})
+    secret = section.mapping("envFromSecret", "envFrom")
     sources += [{"secretRef": {"name": secret["name"]}}] if secret.get("name") else []
     model.model |= {"envFrom": sources} if sources else {}
 
@@ -231,16 +231,16 @@ def inference_service(model: Model, serving: Section) -> Values:
     annotations = {
         "serving.kserve.io/deploymentMode": "RawDeployment",
         "serving.kserve.io/enable-prometheus-scraping": "true",
-        **section.take("annotations", "metadata.annotations", default={}),
-        **section.take("podAnnotations", "metadata.annotations, which KServe gives its pods", default={}),
+        **section.mapping("annotations", "metadata.annotations"),
+        **section.mapping("podAnnotations", "metadata.annotations, which KServe gives its pods"),
     }
     labels = {
-        **serving.take("labels", "metadata.labels", default={}),
-        **section.take("labels", "metadata.labels", default={}),
-        **section.take("podLabels", "metadata.labels, which KServe gives its pods", default={}),
+        **serving.mapping("labels", "metadata.labels"),
+        **section.mapping("labels", "metadata.labels"),
+        **section.mapping("podLabels", "metadata.labels, which KServe gives its pods"),
     }
     resources, on_gpu = model_resources(section)
-    user = {key: section.take(f"extra{key}", key) or [] for key in ("Volumes", "VolumeMounts")}
+    user = {key: section.mappings(f"extra{key}", key) for key in ("Volumes", "VolumeMounts")}
     model.model = {
         "modelFormat": {"name": "huggingface"},
         "runtime": model.options.runtime_for(on_gpu=on_gpu),
@@ -250,7 +250,7 @@ def inference_service(model: Model, serving: Section) -> Values:
         "resources": resources,
         "volumeMounts": [*model.mounts, *user["VolumeMounts"]],
     }
-    security = serving.take("containerSecurityContext", "predictor.model.securityContext")
+    security = serving.mapping("containerSecurityContext", "predictor.model.securityContext")
     model.model |= {"securityContext": security} if security else {}
     volumes = [*model.volumes, *user["Volumes"]]
     metadata: Values = {"name": model.name, "annotations": {key: str(value) for key, value in annotations.items()}}

@@ -17,22 +17,30 @@ _HAMI = {
 
 def model_resources(section: Section) -> tuple[Values, bool]:
     """(``resources``, whether there is a GPU in them)."""
-    given = section.take("resources", "resources")
+    given = section.resources("resources")
     if given:
         section.refuse("resources is written, and wins", *_simple_keys())
         names = {name for part in given.values() for name in part}
-        return _strings(given), any("gpu" in name or "/" in name for name in names)
+        requests, limits = dict(given.get("requests", {})), dict(given.get("limits", {}))
+        on_gpu = any("gpu" in name or "/" in name for name in names)
+    else:
+        requests, limits = _simple(section)
+        on_gpu = _devices(section, requests, limits)
+    if "memory" in requests and "memory" not in limits:
+        limits["memory"] = requests["memory"]
+        section.ledger.note(f"{section.path}: the memory limit is the request; the runtime's own would stay below it")
+    return _strings({"requests": requests, "limits": limits}), on_gpu
+
+
+def _simple(section: Section) -> tuple[Values, Values]:
+    """(requests, limits) of requestCPU, limitMemory and their like."""
     requests: Values = {}
     limits: Values = {}
     for name, key in (("cpu", "CPU"), ("memory", "Memory")):
         request, limit = (section.take(f"{kind}{key}", f"resources.{kind}s.{name}") for kind in ("request", "limit"))
         requests |= {name: request} if request is not None else {}
         limits |= {name: limit} if limit is not None else {}
-    if "memory" in requests and "memory" not in limits:
-        limits["memory"] = requests["memory"]
-        section.ledger.note(f"{section.path}: the memory limit is the request; the runtime's own would stay below it")
-    on_gpu = _devices(section, requests, limits)
-    return _strings({"requests": requests, "limits": limits}), on_gpu
+    return requests, limits
 
 
 def _devices(section: Section, requests: Values, limits: Values) -> bool:
@@ -71,11 +79,11 @@ def write_placement(section: Section, serving: Section, predictor: Values) -> No
     predictor |= {"schedulerName": scheduler} if scheduler else {}
     pull = section.take("imagePullSecret", "predictor.imagePullSecrets")
     predictor |= {"imagePullSecrets": [{"name": pull}]} if pull else {}
-    security = serving.take("securityContext", "predictor.securityContext")
+    security = serving.mapping("securityContext", "predictor.securityContext")
     predictor |= {"securityContext": security} if security else {}
     _write_tolerations(section, serving, predictor)
-    affinity = section.take("affinity", "predictor.affinity")
-    terms = section.take("nodeSelectorTerms", "predictor.affinity.nodeAffinity")
+    affinity = section.mapping("affinity", "predictor.affinity")
+    terms = section.mappings("nodeSelectorTerms", "predictor.affinity.nodeAffinity")
     if not affinity and terms and not predictor.get("nodeName"):
         required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
         affinity = {"nodeAffinity": required}
@@ -83,8 +91,8 @@ def write_placement(section: Section, serving: Section, predictor: Values) -> No
 
 
 def _write_tolerations(section: Section, serving: Section, predictor: Values) -> None:
-    everywhere = serving.take("tolerations", "predictor.tolerations", default=[])
-    own = section.take("tolerations", "predictor.tolerations", default=[])
+    everywhere = serving.mappings("tolerations", "predictor.tolerations")
+    own = section.mappings("tolerations", "predictor.tolerations")
     policy = section.take("tolerationsPolicy", "predictor.tolerations", default="append")
     tolerations = own if own and policy == "override" else [*everywhere, *own]
     predictor |= {"tolerations": tolerations} if tolerations else {}
@@ -92,11 +100,11 @@ def _write_tolerations(section: Section, serving: Section, predictor: Values) ->
 
 def write_replicas(section: Section, predictor: Values) -> None:
     """As many as the chart starts; KEDA's bounds, without its triggers."""
-    count = section.take("replicaCount", "predictor.minReplicas and maxReplicas", default=1)
+    count = section.whole("replicaCount", "predictor.minReplicas and maxReplicas", 1)
     keda = section.inner("keda")
     low = high = count
     if keda.take("enabled", "predictor.minReplicas and maxReplicas", default=False):
-        low = keda.take("minReplicaCount", "predictor.minReplicas", default=1)
-        high = keda.take("maxReplicaCount", "predictor.maxReplicas", default=max(low, 1))
+        low = keda.whole("minReplicaCount", "predictor.minReplicas", 1)
+        high = keda.whole("maxReplicaCount", "predictor.maxReplicas", max(low, 1))
     predictor |= {"minReplicas": low, "maxReplicas": high}
     keda.close("KServe scales by predictor.scaleMetric or autoScaling, not by a ScaledObject")

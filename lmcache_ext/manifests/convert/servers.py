@@ -23,12 +23,12 @@ def cache_server(section: Section, options: Options) -> tuple[list[Values], tupl
     if "enabled" not in section:
         section.ledger.note(f"{section.path}: written for the older chart, which starts a server without enabled: true")
     section.refuse("the image of this package has the server", "image", "repository", "tag")
-    count = int(section.take("replicaCount", "replicas", default=1))
-    port = int(section.take("containerPort", "the port the server listens at", default=8000))
-    service_port = int(section.take("servicePort", "the port of the Service", default=80))
+    count = section.whole("replicaCount", "replicas", 1)
+    port = section.whole("containerPort", "the port the server listens at", 8000)
+    service_port = section.whole("servicePort", "the port of the Service", 80)
     serde = section.take("serde", "remote_serde", default="") or "naive"
     labels = {"app.kubernetes.io/name": "lmcache-server", "app.kubernetes.io/instance": options.release}
-    extra = {name: str(value) for name, value in section.take("labels", "labels", default={}).items()}
+    extra = {name: str(value) for name, value in section.mapping("labels", "labels").items()}
     template = _template(section, options, port, {**labels, **extra})
     workload = _workload(section, options, count, labels, template)
     service = _service(section, options, count, service_port, port, labels)
@@ -47,14 +47,14 @@ def _template(section: Section, options: Options, port: int, labels: Values) -> 
 
 
 def _container(section: Section, options: Options, port: int) -> Values:
-    resources = section.take("resources", "resources of the cache server", default={})
+    resources = section.resources("resources of the cache server")
     if "memory" not in resources.get("limits", {}):
         resources = {**resources, "limits": {**resources.get("limits", {}), "memory": _DEFAULT_LIMIT}}
         section.ledger.note(
             f"{section.path}: no memory limit is written; the cache is bounded by one of {_DEFAULT_LIMIT}"
         )
     probe = {"httpGet": {"path": "/healthz", "port": HTTP_PORT}}
-    timing = section.take("livenessProbe", "timing of the liveness probe, which asks /healthz", default={})
+    timing = section.mapping("livenessProbe", "timing of the liveness probe, which asks /healthz")
     container: Values = {
         "name": "lmcache-server",
         "image": options.server_image,
@@ -69,18 +69,18 @@ def _container(section: Section, options: Options, port: int) -> Values:
         },
         "resources": {part: {name: str(value) for name, value in each.items()} for part, each in resources.items()},
     }
-    security = section.take("containerSecurityContext", "securityContext of the cache server's container")
+    security = section.mapping("containerSecurityContext", "securityContext of the cache server's container")
     container |= {"securityContext": security} if security else {}
     policy = section.take("imagePullPolicy", "imagePullPolicy")
     return container | ({"imagePullPolicy": policy} if policy else {})
 
 
 def _workload(section: Section, options: Options, count: int, labels: Values, template: Values) -> Values:
-    annotations = section.take("annotations", "annotations of the cache server")
+    annotations = section.mapping("annotations", "annotations of the cache server")
     metadata = {"name": f"{options.release}-deployment-cache-server", "labels": labels}
     metadata |= {"annotations": annotations} if annotations else {}
     spec: Values = {"replicas": count, "selector": {"matchLabels": labels}, "template": template}
-    strategy = section.take("strategy", "strategy of the Deployment; a StatefulSet has none")
+    strategy = section.mapping("strategy", "strategy of the Deployment; a StatefulSet has none")
     if count == 1:
         spec |= {"strategy": strategy} if strategy else {}
         return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec}
@@ -93,7 +93,7 @@ def _workload(section: Section, options: Options, count: int, labels: Values, te
 
 def _service(section: Section, options: Options, count: int, port: int, target: int, labels: Values) -> Values:
     kind = section.take("serviceType", "the type of the Service", default="ClusterIP")
-    annotations = section.take("serviceAnnotations", "annotations of the Service")
+    annotations = section.mapping("serviceAnnotations", "annotations of the Service")
     metadata: Values = {"name": options.cache_service}
     metadata |= {"annotations": annotations} if annotations else {}
     spec: Values = {"type": kind} if count == 1 else {"clusterIP": "None"}
@@ -113,17 +113,17 @@ def _url(options: Options, count: int, service_port: int, port: int) -> str:
 
 def engine_service(options: Options, name: str, section: Section, port: int) -> Values:
     """The chart's Service of one model, in front of its predictor."""
-    annotations = section.take("serviceAnnotations", "annotations of the model's Service")
+    annotations = section.mapping("serviceAnnotations", "annotations of the model's Service")
     return _predictor_service(f"{options.release}-{name}-engine-service", name, {"port": port}, annotations)
 
 
 def router_service(section: Section, options: Options, models: list[str]) -> list[Values]:
     """The router's Service, in front of the only model; more than one model has no single address here."""
     enabled = section.take("enableRouter", "whether there is a Service of that name", default=True)
-    port = int(section.take("servicePort", "the port of that Service", default=80))
+    port = section.whole("servicePort", "the port of that Service", 80)
     kind = section.take("serviceType", "the type of that Service", default="ClusterIP")
     node_port = section.take("nodePort", "nodePort of that Service")
-    annotations = section.take("serviceAnnotations", "annotations of that Service")
+    annotations = section.mapping("serviceAnnotations", "annotations of that Service")
     section.close(_ROUTER)
     if not enabled or len(models) != 1:
         if enabled and models:

@@ -132,7 +132,7 @@ def _target(bundle: Bundle) -> Iterator[Found]:
             known = {port.text_at(name) for port in ports for name in ("containerPort", "name")}
             for port in service.node.items_at("spec", "ports"):
                 target = port.at("targetPort") or port.at("port")
-                if target is not None and target.text not in known:
+                if target is not None and not target.is_null and target.text not in known:
                     yield _found_target(pod, target, ports)
 
 
