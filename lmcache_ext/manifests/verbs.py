@@ -91,22 +91,30 @@ def run_check(arguments: argparse.Namespace) -> int:
     checked = mend(files) if arguments.fix else check(files)
     to_stdout = STDIN in arguments.files and arguments.fix
     if arguments.fix:
-        _write(checked, {file.name: file.text for file in files})
+        problems += _write(checked, {file.name: file.text for file in files})
     _print(checked.findings, arguments.format, sys.stderr if to_stdout else sys.stdout)
     for problem in (*problems, *checked.unreadable):
         print(problem, file=sys.stderr)
     return _code(checked.findings, [*problems, *checked.unreadable])
 
 
-def _write(checked: Checked, texts: dict[str, str]) -> None:
+def _write(checked: Checked, texts: dict[str, str]) -> list[str]:
+    """Write what was mended; one line for each file that cannot be written."""
+    problems = []
     for file in checked.fixed:
         texts[file.name] = file.text
-        if file.name != STDIN:
-            with open(file.name, "w", encoding="utf-8") as out:
+        if file.name == STDIN:
+            continue
+        try:
+            with open(file.name, "w", encoding="utf-8", newline="") as out:
                 out.write(file.text)
+        except OSError as error:
+            problems.append(f"{file.name}: cannot be written ({error.strerror})")
+        else:
             print(f"{file.name}: fixed", file=sys.stderr)
     if STDIN in texts:
         sys.stdout.write(texts[STDIN])
+    return problems
 
 
 def _print(findings: Sequence[Finding], form: str, out: TextIO) -> None:

@@ -4,10 +4,11 @@ import pytest
 import yaml
 
 from lmcache_ext.manifests.caches import caches
-from lmcache_ext.manifests.check import check
+from lmcache_ext.manifests.check import check, read_files
 from lmcache_ext.manifests.text import File
-from tests.deploy.manifests import DEPLOY, build
+from tests.deploy.manifests import DEPLOY, EXAMPLES, build
 
+FOLDERS = sorted({path.parent for path in EXAMPLES.rglob("*.yaml")})
 OVERLAYS = sorted(path.parent for path in (DEPLOY / "overlays").glob("*/kustomization.yaml"))
 
 
@@ -18,4 +19,13 @@ def test_overlay_over_its_runtime_has_no_trap(overlay):
     checked = check(files)
     assert checked.unreadable == ()
     assert any(cache.pod.complete and cache.is_known for cache in caches(checked.bundle)), "nothing to check"
+    assert [str(one.place) + " " + one.message for one in checked.findings if one.severity != "note"] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_example_has_no_trap(folder):
+    files, problems = read_files([str(folder)])
+    assert problems == []
+    checked = check(files)
+    assert checked.unreadable == ()
     assert [str(one.place) + " " + one.message for one in checked.findings if one.severity != "note"] == []

@@ -170,6 +170,18 @@ def test_fix_writes_what_can_be_mended_and_names_the_rest(folder, capsys):
     assert (folder / "good.yaml").read_text() == GOOD
 
 
+def test_a_file_that_cannot_be_written_is_said_so(folder, capsys, monkeypatch):
+    def refuse(name, mode="r", *rest, **named):
+        if mode == "w":
+            raise PermissionError(13, "Permission denied")
+        return open(name, mode, *rest, **named)
+
+    monkeypatch.setattr("lmcache_ext.manifests.verbs.open", refuse, raising=False)
+    assert main(["check", "--fix", "bad.yaml"]) == 2
+    assert capsys.readouterr().err == "bad.yaml: cannot be written (Permission denied)\n"
+    assert (folder / "bad.yaml").read_text() == BAD
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -223,11 +223,8 @@ def config_map(name: str, data: dict[str, str]) -> Values:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
 
 
-def inference_service(model: Model, serving: Section) -> Values:
-    """All of it put together."""
+def _metadata(model: Model, serving: Section) -> Values:
     section = model.section
-    old = f"{model.options.release}-{model.name}-deployment-vllm"
-    model.ledger.note(f"{section.path}: the Deployment is {model.name}-predictor; the chart's was {old}")
     annotations = {
         "serving.kserve.io/deploymentMode": "RawDeployment",
         "serving.kserve.io/enable-prometheus-scraping": "true",
@@ -239,6 +236,15 @@ def inference_service(model: Model, serving: Section) -> Values:
         **section.mapping("labels", "metadata.labels"),
         **section.mapping("podLabels", "metadata.labels, which KServe gives its pods"),
     }
+    metadata: Values = {"name": model.name, "annotations": {key: str(value) for key, value in annotations.items()}}
+    return metadata | ({"labels": {key: str(value) for key, value in labels.items()}} if labels else {})
+
+
+def inference_service(model: Model, serving: Section) -> Values:
+    """All of it put together."""
+    section = model.section
+    old = f"{model.options.release}-{model.name}-deployment-vllm"
+    model.ledger.note(f"{section.path}: the Deployment is {model.name}-predictor; the chart's was {old}")
     resources, on_gpu = model_resources(section)
     user = {key: section.mappings(f"extra{key}", key) for key in ("Volumes", "VolumeMounts")}
     model.model = {
@@ -253,12 +259,10 @@ def inference_service(model: Model, serving: Section) -> Values:
     security = serving.mapping("containerSecurityContext", "predictor.model.securityContext")
     model.model |= {"securityContext": security} if security else {}
     volumes = [*model.volumes, *user["Volumes"]]
-    metadata: Values = {"name": model.name, "annotations": {key: str(value) for key, value in annotations.items()}}
-    metadata |= {"labels": labels} if labels else {}
     predictor = {**model.predictor, "terminationGracePeriodSeconds": _GRACE_S, "model": model.model, "volumes": volumes}
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": metadata,
+        "metadata": _metadata(model, serving),
         "spec": {"predictor": predictor},
     }

@@ -13,6 +13,7 @@ from lmcache_ext.manifests.quantities import GIB, read_bytes, shown, write_gib
 
 _STORE_IMAGE = re.compile(r"(?:^|/)(redis|valkey)(?:[:@]|$)|/(redis|valkey)[^/]*$")
 _LM_COMMANDS = ("lmcache_server", "lmcache_experimental_server")
+_OWN_IMAGE = "kserve-lmcache-runtime"  # has both names of the command
 DEFAULT_LIMIT = "8Gi"
 
 
@@ -117,8 +118,8 @@ def _replicas(bundle: Bundle) -> Iterator[Found]:
 def _old_command(bundle: Bundle) -> Iterator[Found]:
     for _, container in _servers(bundle):
         for arg in container.args:
-            if arg.text == "lmcache_experimental_server":
-                image = container.own.text_at("image") or "the image"
+            image = container.own.text_at("image") or "the image"
+            if arg.text == "lmcache_experimental_server" and _OWN_IMAGE not in image:
                 message = f"{image} may have no {arg.text}"
                 yield Found(arg.node, message, "write lmcache_server", replace(arg.node, "lmcache_server"))
 
@@ -187,7 +188,7 @@ RULES = (
     Rule(
         "server-command",
         "warning",
-        "LMCache dropped that command; it is lmcache_server in its images and in this one",
+        "LMCache dropped that command: it is lmcache_server in its images (this package's have both)",
         _old_command,
     ),
     Rule("service-port", "error", "the Service passes to a port where nothing listens", _target),
