@@ -114,6 +114,7 @@ class ConfigWatcher:
         self._reloads: queue.SimpleQueue[Reload] = queue.SimpleQueue()
         self._judged: str | None = None
         self._pending: str | None = None
+        self._failed: str | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -166,7 +167,9 @@ class ConfigWatcher:
             try:
                 wait_s = self.look()
             except Exception:
-                logger.exception("Watching %s failed; it is tried again", self._path)
+                if self._failed != self._pending:  # once for each file: the next look fails on it again
+                    self._failed = self._pending
+                    logger.exception("Watching %s failed; it is tried again", self._path)
                 wait_s = self._interval_s
 
     def _digest(self) -> str:
@@ -221,7 +224,11 @@ class ConfigWatcher:
                 self._reloads.put(Reload(before.config, after, status, tuple(changes), prepared))
             if changes and whole:
                 self._counts["applied"] += 1
-        if whole and not before.whole and not changes and not self._quiet:
+        if changes or not whole or self._quiet:
+            return
+        if not before.digest:
+            logger.info("LMCache configuration 1 is in effect [file=%s generation=1]", status.digest)
+        elif not before.whole:
             logger.info("LMCache configuration %d: the file agrees with it again", generation)
 
 

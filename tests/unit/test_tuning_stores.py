@@ -8,6 +8,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from lmcache_ext.config import Live
 from lmcache_ext.offload import metrics
 from tests.servers import until
 from tests.unit.connector_engine import PROMPT, WAIT_S
@@ -215,3 +216,12 @@ class TestRemote:
         )
         assert {name for name in ("a", "b", "c") if tuned.files(name)} == {"a", "b", "c"}
         assert tuned.counted(metrics.HOOK_FAILURES) == {}
+
+
+def test_every_live_setting_is_known_to_whoever_applies_it():
+    """A new field of `Live` is a promise: apply it in `offload.tuning` or `offload.far`, test it, name it here."""
+    by_tuning = {"host_capacity_bytes", "min_retrieve_tokens", "save_decode_cache", "freeze", "bypass", "log_level"}
+    by_far = {"disk_capacity_bytes", "remote_url", "remote_serde", "blocking_timeout_s", "lookup_timeout_ms", "health"}
+    by_far |= {"remote_min_uses", "promote_on_hit"}
+    by_store_options = {"remote", "mooncake", "infinistore", "audit_actual_remote_url", "extra_config"}
+    assert set(Live.model_fields) == by_tuning | by_far | by_store_options
