@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lmcache_ext import __version__, doctor
 from lmcache_ext.config import load_config
+from lmcache_ext.config_diff import is_live
 from lmcache_ext.config_keys import KEYS, RENAMED
 from lmcache_ext.daemons import lmserver
 from lmcache_ext.errors import ConfigError
@@ -43,7 +44,10 @@ def check_config(arguments: argparse.Namespace) -> int:
 
 def keys(_: argparse.Namespace) -> int:
     """Print every key that is accepted, and what it does here."""
-    rows: list[tuple[str, str, str]] = [(key.name, key.use, key.note) for key in KEYS.values()]
+    live = "live: a running server takes a change"
+    rows: list[tuple[str, str, str]] = [
+        (key.name, key.use, key.note or (live if is_live(key.name) else "")) for key in KEYS.values()
+    ]
     rows += [(old, "old name", f"read as {new}") for old, new in RENAMED.items()]
     rows.append(("local_device", "old name", "read as local_cpu or local_disk"))
     rows.append(("extra_config", "honoured", "options of the stores, one mapping"))

@@ -54,6 +54,7 @@ def test_keys_lists_every_setting(capsys):
     assert main(["keys"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert rows["chunk_size"].split() == ["chunk_size", "honoured"]
+    assert rows["freeze"].split()[:3] == ["freeze", "honoured", "live:"]
     assert "not needed" in rows["use_layerwise"]
     assert rows["peer_init_ports"].endswith("read as p2p_init_ports")
 
