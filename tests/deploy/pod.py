@@ -75,6 +75,7 @@ class Pod:
         `mounts` are directories from elsewhere, `programs` is one for PATH; `network` is a namespace that exists, and
         `hosts` what its names are.
         """
+        self._bwrap = sandbox()
         self.name, self.spec, self.image, self.directory = name, spec, image, directory
         (self.container,) = spec["containers"]
         self.ports = dict(ports)
@@ -167,7 +168,7 @@ class Pod:
         python = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT)}
         python -= {path for path in python if path.startswith("/usr")}
         return [
-            *(sandbox(), "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
+            *(self._bwrap, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
             *("--hostname", self.name, "--info-fd", str(info_fd)),
             *([] if self.ports or self._network else ["--unshare-net"]),
             *(*system, "--proc", "/proc", "--dev", "/dev", "--ro-bind", str(cgroup), "/sys/fs/cgroup"),

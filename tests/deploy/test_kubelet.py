@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.deploy.image import image
@@ -265,3 +266,14 @@ def test_what_the_dashboard_and_the_alerts_ask_for_is_there(cluster):
     exposed = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in lines if not line.startswith("#")}
     ours = {name for name in asked_for() if not name.startswith("lmcache_server_")}
     assert ours - exposed - NOT_IN_THIS_LIFE == set()
+
+
+def test_container_ends_with_its_engine(cluster):
+    """Process 1 must not live on without it, nor leave a process that nobody waits for."""
+    pod = cluster.pod
+    assert [one for one in pod.processes() if one.status() == psutil.STATUS_ZOMBIE] == []
+    (engine,) = [one for one in pod.processes() if "EngineCore" in " ".join(one.cmdline())]
+    engine.kill()
+    until(lambda: not pod.probe("livenessProbe"), "dead by its probe", 10)
+    assert pod.process is not None
+    assert pod.process.wait(30) == 1
