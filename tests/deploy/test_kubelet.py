@@ -262,6 +262,8 @@ def test_pod_ends_in_time_and_loses_no_pending_store(cluster):
 
 
 def test_what_the_dashboard_and_the_alerts_ask_for_is_there(cluster):
+    assert cluster.hit(9000) == 0  # stored, after what was fetched above
+    until(lambda: cluster.metric("vllm:kv_offload_tiering_write_bytes_total") > 0, "written", 30)
     lines = cluster.http.get("/metrics").text.splitlines()
     exposed = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in lines if not line.startswith("#")}
     ours = {name for name in asked_for() if not name.startswith("lmcache_server_")}
