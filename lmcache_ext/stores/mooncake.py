@@ -114,11 +114,13 @@ class Client:
             )
         return [None if code == 0 else _error(code, "put") for code in codes]
 
-    def read_copy(self, name: str) -> memoryview | None:
-        """An object in memory of the client's own, for as long as the view lives."""
+    def read_copy(self, name: str) -> memoryview:
+        """An object in memory of the client's own, for as long as the view lives. One that is gone is a failure too."""
         with self._calling("get"):
             handle = self._native.get_buffer(name)
-        return None if handle is None else memoryview(handle).cast("B")
+        if handle is None:
+            raise StoreUnavailable("mooncake: get: no copy: the transfer failed, or local_buffer_size is too small")
+        return memoryview(handle).cast("B")
 
     def write_copy(self, name: str, data: bytes) -> None:
         """Store `data` by way of memory of the client's own. An object that is there already is left as it is."""

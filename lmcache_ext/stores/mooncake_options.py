@@ -30,7 +30,7 @@ class MooncakeOptions:
     protocol: str = "tcp"
     device_name: str = ""
     global_segment_bytes: int = 3355443200  # of this engine's memory for everybody's objects; LMCache's default
-    local_buffer_bytes: int = 128 * 1024**2  # only objects that do not lie in rows pass through it
+    local_buffer_bytes: int = 1024**3  # for objects that do not lie in rows; LMCache's default, used as far as needed
     prefer_local_alloc: bool = False
     num_replicas: int = 1
     ssd_offload_path: str = ""

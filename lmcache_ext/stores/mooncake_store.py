@@ -141,11 +141,11 @@ class MooncakeStore(Store):
                 each.copy_out()
         return outcomes
 
-    def _get_copy(self, name: str, parts: Sequence[memoryview], end: float) -> int | None:
+    def _get_copy(self, name: str, parts: Sequence[memoryview], end: float) -> int:
         """By way of the client's own buffer: for parts outside of rows, and for objects longer than their parts."""
         data = self._session.ask(_left(end), lambda client: client.read_copy(name))
-        if data is None or data == EMPTY:
-            return None if data is None else 0
+        if data == EMPTY:
+            return 0
         rest = data
         for part in as_bytes(parts):
             piece, rest = rest[: part.nbytes], rest[part.nbytes :]

@@ -148,7 +148,9 @@ def test_an_object_whose_engine_died_is_a_failure_and_then_a_miss(server, closin
         engine.kill()
         engine.wait()
         fails_within(lambda: store.get_into(key_of("row"), [rows[MIB:]]), 1.0)
+        fails_within(lambda: get(store, key_of("row"), MIB), 1.0)  # the way of a copy
         fails_within(lambda: store.put(key_of("b"), [rows[:MIB]]), 1.0)
+        fails_within(lambda: store.put(key_of("b"), views(b"x")), 1.0)
     until(lambda: store.exists([key_of("row")]) == [False], "the master gives the engine up", 10)
     assert store.get_into(key_of("row"), [rows[MIB:]]) is None
     with owner(server.address):
