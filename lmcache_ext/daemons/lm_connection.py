@@ -20,6 +20,9 @@ from lmcache_ext.wire.stream import Decoder, WireError
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
 
 SCRATCH_BYTES = 256 * 1024
+HEAD_READ_BYTES = 4 * 1024
+"""Read where a head comes next: more would be bodies, which are then copied twice on their way to their block."""
+
 DIRECT_BYTES = 32 * 1024
 """A body with fewer bytes to come is read together with what follows it."""
 
@@ -115,7 +118,7 @@ class Connection(asyncio.BufferedProtocol):
         intake = self._intake
         if intake is not None and intake.view is not None and self._goes_direct():
             return intake.view[intake.at :]
-        return self.host.scratch
+        return self.host.scratch[:HEAD_READ_BYTES] if intake is None else self.host.scratch
 
     def buffer_updated(self, nbytes: int) -> None:
         self.host.counters["received_bytes"] += nbytes

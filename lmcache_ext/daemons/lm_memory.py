@@ -23,6 +23,9 @@ OVERHEAD_BYTES = 1024
 MAPPED_BYTES = 256 * 1024
 """From here on a block is a mapping of its own: it goes back to the system when it is dropped, whole."""
 
+REUSED_BYTES = 16 * 1024
+"""From here on a block that is let go is kept for the next object of its size: fresh memory costs page faults."""
+
 HUGE_BYTES = 4 * 1024**2
 
 MIN_HELD_BYTES = 64
@@ -132,7 +135,7 @@ class Memory:
             if block.is_stored and block.num_holders == 1:
                 self._pinned_bytes -= block.charged_bytes
             return
-        if block.charged_bytes < MAPPED_BYTES:
+        if block.charged_bytes < REUSED_BYTES:
             self.charged_bytes -= block.charged_bytes
             return
         self._spares.setdefault(block.charged_bytes, []).append(block)
