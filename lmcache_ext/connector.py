@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.lmcache_ext.connector")
 
 _IDLE_WAIT_S = 0.010  # with nothing to compute, waiting for a short copy is cheaper than another step
+_FAR_WAIT_S = 0.005  # and so is waiting for a far tier; it delays at most one new request by as much
 _LOOKUP_PATIENCE_S = 15.0  # a request that is still being looked up then is computed
 # Asking again takes 2 us per chunk (benchmarks/ttft.py), in every step, of each request that waits: without
 # progress of a far tier it is done this often, for what only time changes.
@@ -119,6 +120,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         events = vllm_config.kv_events_config
         self._has_events = events is not None and events.enable_kv_cache_events
         self._deferred: dict[str, _Deferred] = {}
+        self._was_idle = False
         self._failed_loads: set[str] = set()
         self._failed_jobs: set[int] = set()
         self._explainer: Explainer | None = None
@@ -208,11 +210,15 @@ class LMCacheConnectorV1(OffloadingConnector):
     def _asked_just_now(self, req_id: str) -> bool:
         """Whether asking again would find what it found; if not, it counts as asked now."""
         assert isinstance(self.scheduler.manager, BoundedTieringManager)
-        now, progress = time.monotonic(), self.scheduler.manager.progress
+        far = self.scheduler.manager.progress
+        now, progress = time.monotonic(), far.count
         deferred = self._deferred.get(req_id)
         if deferred is None:
             self._deferred[req_id] = _Deferred(now, now, progress)
             return False
+        if progress == deferred.progress and self._was_idle:
+            self._was_idle = False  # the next request does not wait once more in the same step
+            progress = far.wait_beyond(progress, _FAR_WAIT_S)
         if progress == deferred.progress and now - deferred.asked_at < _ASK_AGAIN_S:
             return True
         deferred.asked_at, deferred.progress = now, progress
@@ -257,7 +263,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             meta = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
             self._hooks.run("reload", self._tuning.tick, None)
         meta = meta or self._lost_meta()
-        meta.idle = scheduler_output.total_num_scheduled_tokens == 0
+        meta.idle = self._was_idle = scheduler_output.total_num_scheduled_tokens == 0
         if meta.idle or meta.load_jobs or meta.store_jobs:
             self._pace.mark()
         meta.failed_loads, self._failed_loads = self._failed_loads, set()

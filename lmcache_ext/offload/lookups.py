@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from typing_extensions import override
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -17,15 +19,28 @@ ADAPTER_PARAM = "lmcache_ext.adapter"
 """Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
 
 
+class _Answers(queue.SimpleQueue[Any]):
+    """The way of answers to the scheduler, which is told of each."""
+
+    def __init__(self, told: Callable[[], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    @override
+    def put(self, item: object, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item)
+        self._told()
+
+
 class Lookups(AsyncLookupManager):
     """vLLM's background existence checks, asked of our store; they know for how long each key waits."""
 
-    def __init__(self, name: str, chunks: ChunkIO) -> None:
+    def __init__(self, name: str, chunks: ChunkIO, answered: Callable[[], None]) -> None:
+        """`answered` is called in the thread of the lookups, once a batch of answers can be taken."""
         self._chunks = chunks
         self._asked_at: dict[OffloadKey, float] = {}
-        self.num_answers = 0
-        """Batches answered so far; each is to be taken a moment after it counts."""
         super().__init__(name)
+        self._pending_results = _Answers(answered)
 
     def waits_s(self, key: OffloadKey) -> float:
         """For how long the unanswered key is asked for: seconds since the first call of this."""
@@ -61,9 +76,7 @@ class Lookups(AsyncLookupManager):
     @override
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         adapter = adapter_of(req_context)
-        found = self._chunks.present([far_key(key, adapter) for key in keys])
-        self.num_answers += 1
-        return found
+        return self._chunks.present([far_key(key, adapter) for key in keys])
 
 
 def adapter_of(req_context: ReqContext) -> str | None:

@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker, _TierState
 from lmcache_ext.config import Config
 from lmcache_ext.offload.far import FarTiers, Opened
 from lmcache_ext.offload.host import HostTier
+from lmcache_ext.offload.progress import Progress
 from lmcache_ext.offload.recent import Recent
 from lmcache_ext.offload.tier import StoredTier
 
@@ -48,6 +49,10 @@ class BoundedTieringManager(TieringOffloadingManager):
         self.far = far
         """Opens and changes the secondary tiers; None where there can be none."""
         self._stored_tiers = [tier for tier in secondary_tiers if isinstance(tier, StoredTier)]
+        self.progress = Progress()
+        """Of all far tiers: what requests wait for."""
+        for tier in self._stored_tiers:
+            tier.progress = self.progress
         self._max_promotions = _max_promotions(primary_tier)
         self._promotions: dict[str, Counter[OffloadKey]] = {}
         self._unwritten: set[OffloadKey] = set()
@@ -79,6 +84,7 @@ class BoundedTieringManager(TieringOffloadingManager):
     def _append(self, tier: StoredTier) -> None:
         """One more place at the end: nothing that runs refers to places behind its own."""
         index = len(self.secondary_tiers)
+        tier.progress = self.progress
         self.secondary_tiers.append(tier)
         self._stored_tiers.append(tier)
         self._tier_parents[tier] = _SecondaryTierFacingParent(self, index)
@@ -102,11 +108,6 @@ class BoundedTieringManager(TieringOffloadingManager):
                 if tier.is_overdue(key):
                     return LookupResult.MISS
         return found
-
-    @property
-    def progress(self) -> int:
-        """Another number than before where a request that waits for far tiers may be answered."""
-        return sum(tier.progress for tier in self._stored_tiers)
 
     def _lookup_far(self, key: OffloadKey, req_context: ReqContext, exclude_tier_idx: int | None) -> LookupResult:
         retry = False

@@ -45,6 +45,7 @@ from lmcache_ext.offload.admission import Admission
 from lmcache_ext.offload.backing import Backing
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.offload.lookups import Lookups, adapter_of, far_key
+from lmcache_ext.offload.progress import Progress
 from lmcache_ext.offload.serdes import readable_serdes
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Usage
@@ -106,6 +107,8 @@ class StoredTier(SecondaryTierManager):
         self._namespace = namespace
         self._pool = pool
         self.limits = limits
+        self.progress = Progress()
+        """Told of answers and ended jobs; one for all tiers, once they have a manager."""
         self.present = True
         """Whether there is a store; without one every lookup is a miss, and nothing may be submitted."""
         self._retired: list[Backing] = []
@@ -118,7 +121,6 @@ class StoredTier(SecondaryTierManager):
         self._num_queries = 0
         self._num_hits = 0
         self._pending_stores = 0
-        self._num_results = 0
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._usage = Usage(None, None, None)
@@ -131,7 +133,7 @@ class StoredTier(SecondaryTierManager):
         self.tier_type = store.name
         self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
         chunks = ChunkIO(store, serde, self._namespace, readable_serdes())
-        return Backing(store, chunks, Lookups(store.name, chunks))
+        return Backing(store, chunks, Lookups(store.name, chunks, self._tell))
 
     def replace(self, store: Guarded | None, serde: Serde | None = None) -> None:
         """Put another store in place, or none, between two steps.
@@ -166,11 +168,6 @@ class StoredTier(SecondaryTierManager):
         self._num_queries += 1
         self._num_hits += found
         return LookupResult.HIT if found else LookupResult.MISS
-
-    @property
-    def progress(self) -> int:
-        """Another number than before where lookups may find something that they did not."""
-        return self._num_results + self._backing.lookups.num_answers
 
     def verdict(self, key: OffloadKey) -> str:
         """What is known here of a chunk: has, miss, slow (asked, no answer), off (its breaker is open), not asked."""
@@ -343,8 +340,10 @@ class StoredTier(SecondaryTierManager):
                 transfer_bytes=len(job.done) * self.block_size_bytes,
             )
         )
-        with self._lock:
-            self._num_results += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        self.progress.advance()
 
     # -- inside ----------------------------------------------------------------------------------
 

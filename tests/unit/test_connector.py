@@ -4,12 +4,14 @@ and real tensors; only the engine that would call them is missing."""
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmcache_ext import connector as connector_module
@@ -310,10 +312,32 @@ class TestPatience:
 
         assert [ask(), ask()] == [1, 1]
         (tier,) = warm.scheduler.scheduler.manager.secondary_tiers
-        tier._num_results += 1  # as when a fetch ends
+        tier.progress.advance()  # as when a fetch ends
         assert [ask(), ask()] == [2, 2]
         monkeypatch.setattr(connector_module, "_ASK_AGAIN_S", 0.0)
         assert [ask(), ask()] == [3, 4]
+
+    def test_a_step_after_an_idle_one_waits_once_for_news_and_is_woken_by_them(self, warm, monkeypatch):
+        request, asked = warm.request("again"), []
+        monkeypatch.setattr(
+            warm.scheduler.scheduler, "get_num_new_matched_tokens", lambda *args, **kw: asked.append(1) or (None, False)
+        )
+        monkeypatch.setattr(connector_module, "_ASK_AGAIN_S", 60.0)
+        monkeypatch.setattr(connector_module, "_FAR_WAIT_S", 60.0)
+
+        def ask():
+            warm.scheduler.get_num_new_matched_tokens(request, 0)
+            return len(asked)
+
+        assert [ask(), ask()] == [1, 1], "without an idle step nobody waits"
+        warm.scheduler.build_connector_meta(SchedulerOutput.make_empty())
+        news = threading.Timer(0.05, warm.scheduler.scheduler.manager.progress.advance)
+        news.start()
+        assert [ask(), ask()] == [2, 2], "the second of the same step does not wait"
+        news.join()
+        warm.scheduler.build_connector_meta(SchedulerOutput.make_empty())
+        monkeypatch.setattr(connector_module, "_FAR_WAIT_S", 0.01)
+        assert ask() == 2, "and nobody waits for ever"
 
 
 class TestWorkerMetadata:
