@@ -2,7 +2,8 @@
 
 Most prompts come once, and their chunks would only push out others. With `remote_min_uses: N` a chunk
 travels when the Nth request within an hour has computed it or found it in host memory. Counting costs a dictionary of
-bounded size; a chunk that was forgotten begins anew.
+bounded size; a chunk that was forgotten begins anew. What was written is offered again after ten minutes, for the
+store may have lost it since, and is asked first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 MAX_KEYS = 65536
 WINDOW_S = 3600.0
+WRITTEN_S = 600.0
 _WRITTEN = -1
 
 
@@ -24,13 +26,15 @@ class Admission:
         *,
         max_keys: int = MAX_KEYS,
         window_s: float = WINDOW_S,
+        written_s: float = WRITTEN_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_keys = max_keys
         self._window_s = window_s
+        self._written_s = written_s
         self._clock = clock
         self._uses: OrderedDict[Hashable, tuple[int, float]] = OrderedDict()
-        """Key -> uses, and when the first of them was; the least recently used first."""
+        """Key -> uses, and when the first of them was (or when it was written); the least recently used first."""
 
     def __len__(self) -> int:
         return len(self._uses)
@@ -39,7 +43,9 @@ class Admission:
         """Count a use; whether the chunk is to be written, because it has so many and was not written lately."""
         now = self._clock()
         uses, since = self._uses.pop(key, (0, now))
-        if now - since > self._window_s:
+        if uses == _WRITTEN and now - since > self._written_s:
+            uses, since = min_uses, now
+        elif now - since > self._window_s:
             uses, since = 0, now
         if uses != _WRITTEN:
             uses += 1
@@ -49,7 +55,7 @@ class Admission:
         return uses >= min_uses
 
     def written(self, keys: Iterable[Hashable]) -> None:
-        """These are in the store now: they need not be offered to it again within the window."""
+        """These are in the store now: they need not be offered to it again for a while."""
         now = self._clock()
         for key in keys:
             if key in self._uses:

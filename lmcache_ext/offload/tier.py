@@ -113,7 +113,6 @@ class StoredTier(SecondaryTierManager):
         """Whether there is a store; without one every lookup is a miss, and nothing may be submitted."""
         self._retired: list[Backing] = []
         self._backing = self._put(store, serde)
-        self._admission = Admission()
         self._loading: dict[JobId, TransferJob] = {}
         self._due: dict[OffloadKey, float] = {}
         self._abandoned: set[OffloadKey] = set()
@@ -131,6 +130,7 @@ class StoredTier(SecondaryTierManager):
 
     def _put(self, store: Guarded, serde: Serde) -> Backing:
         self.tier_type = store.name
+        self._admission = Admission()  # what was written to another store is not in this one
         self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
         chunks = ChunkIO(store, serde, self._namespace, readable_serdes())
         return Backing(store, chunks, Lookups(store.name, chunks, self._tell))

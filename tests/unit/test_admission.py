@@ -25,14 +25,14 @@ def test_uses_count_within_the_window_only():
     assert admission.admits("a", 2)
 
 
-def test_what_was_written_is_not_offered_again_within_the_window():
-    admission, clock = counted(window_s=10.0)
-    admission.admits("a", 1)
+def test_what_was_written_is_not_offered_again_until_the_store_may_have_lost_it():
+    admission, clock = counted(window_s=100.0, written_s=10.0)
+    assert [admission.admits("a", 2) for _ in range(2)] == [False, True]
     admission.written(["a", "never seen"])
     clock[0] = 9.0
-    assert not admission.admits("a", 1)
-    clock[0] = 20.0
-    assert admission.admits("a", 1)
+    assert not admission.admits("a", 2)
+    clock[0] = 11.0
+    assert admission.admits("a", 2)
     assert len(admission) == 1
 
 

@@ -15,7 +15,9 @@ from lmcache_ext.offload import metrics
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
+from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
+from lmcache_ext.stores.guard import Guarded
 from tests.unit.test_tier import NAMESPACE, STEP, Bench, key
 
 NUM_ROWS, ROW_BYTES = 16, 4096
@@ -208,3 +210,13 @@ class TestAdmission:
         machine.limit(machine.remote, max_pending_stores=16)
         machine.use([key(1)], "three")
         assert stored(machine.remote, key(1)) == [True]
+
+    def test_knows_nothing_of_a_store_that_takes_the_place_of_another(self, machine, tmp_path):
+        machine.limit(machine.remote, min_uses=2)
+        for request in ("one", "two"):
+            machine.use([key(1)], request)
+        other = DiskStore([str(tmp_path / "other")], None)
+        machine.remote.tier.replace(Guarded(other, deadline_s=10.0), NaiveSerde())
+        for request in ("three", "four"):
+            machine.use([key(1)], request)
+        assert other.exists([NAMESPACE + key(1)]) == [True]
