@@ -1,7 +1,7 @@
 """Two replicas share every prefix through a remote backend, with the YAML files that people were given.
 
 `tests/data/seeds` has them verbatim; only hosts and ports are replaced here, and the scheme where it is another backend
-than the guide's Redis.
+than the guide's Redis. Two servers start with Redis; the file is then changed under them, backend by backend.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -93,49 +93,83 @@ def with_url(text: str, url: str) -> str:
     return changed
 
 
-@contextmanager
-def replicas(directory: Path, text: str) -> Iterator[tuple[Server, Server]]:
-    """Two servers with this file; they start at the same time."""
-    config = directory / "lmcache_config.yaml"
-    config.write_text(text)
-    env = {"LMCACHE_CONFIG_FILE": str(config), "LMCACHE_USE_EXPERIMENTAL": "True"}
-    options = {"gpu_blocks": 40, "env": env, "wait": False}
-    with cache_server(**options) as one, cache_server(**options) as two:
-        for server in (one, two):
+class Replicas:
+    """Two servers that read one file; `use` starts them, later it changes the file under them."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._config = directory / "lmcache_config.yaml"
+        self._stack = stack
+        self._servers: list[Server] = []
+
+    def use(self, text: str) -> tuple[Server, Server]:
+        """Both servers, with this file in effect."""
+        in_effect = [server.log().count("is in effect") for server in self._servers]
+        self._config.write_text(text)
+        if not self._servers:
+            self._start()
+        for server, before in zip(self._servers, in_effect, strict=False):
+            server.wait_for(lambda s=server, n=before: stepped(s).count("is in effect") > n, 60, "use the file")
+        one, two = self._servers
+        return one, two
+
+    def _start(self) -> None:
+        env = {"LMCACHE_CONFIG_FILE": str(self._config), "LMCACHE_USE_EXPERIMENTAL": "True"}
+        for _ in range(2):  # at the same time
+            self._servers.append(self._stack.enter_context(cache_server(gpu_blocks=40, env=env, wait=False)))
+        for server in self._servers:
             server.wait_ready()
-        yield one, two
 
 
-@pytest.fixture(autouse=True)
-def no_hash_seed(monkeypatch):
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).delenv("PYTHONHASHSEED", raising=False)
+        yield Replicas(tmp_path_factory.mktemp("replicas"), stack)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_replicas_share_a_prefix_and_survive_their_backend(tmp_path, name):
+def test_replicas_share_a_prefix_and_survive_their_backend(replicas, tmp_path, name):
     with ExitStack() as stack:
         url, processes = BACKENDS[name](tmp_path, stack)
-        one, two = stack.enter_context(replicas(tmp_path, seed_004(url)))
-        ask(one, prompt(1, TOKENS))
-        twin = ask(one, prompt(1, TOKENS))
+        both = Replicas(tmp_path, stack) if name == "mooncake" else replicas  # engines bring its memory, at their start
+        one, two = both.use(seed_004(url))
+        tokens = prompt(next(SEEDS), TOKENS)
+        written_before, hits_before = written(one), external_hits(two)
+        ask(one, tokens)
+        twin = ask(one, tokens)
         assert cached_tokens(twin) == REUSED
-        one.wait_for(lambda: written(one) >= REUSED * 8192, 30, "write the chunks")
-        answer = ask(two, prompt(1, TOKENS))
-        assert external_hits(two) == REUSED
+        one.wait_for(lambda: written(one) >= written_before + REUSED * 8192, 30, "write the chunks")
+        answer = ask(two, tokens)
+        assert external_hits(two) == hits_before + REUSED
         assert logprobs(answer) == logprobs(twin)
 
         for process in processes:
             process.kill()
-        assert cached_tokens(ask(one, prompt(2, TOKENS))) == 0
+        assert cached_tokens(ask(one, prompt(next(SEEDS), TOKENS))) == 0
         for process in processes:
             process.start()
         two.wait_for(lambda: shared_again(one, two), 60, "share again")
 
 
+def test_with_admission_a_prompt_travels_when_a_second_request_uses_it(replicas, tmp_path):
+    with ExitStack() as stack:
+        url, (process,) = BACKENDS["redis"](tmp_path, stack)
+        one, two = replicas.use(seed_004(url) + "remote_min_uses: 2\n")
+        tokens = prompt(next(SEEDS), TOKENS)
+        dropped, sent = one.metrics().get("lmcache_ext:dropped_chunks_total", 0.0), written(one)
+        ask(one, tokens)
+        wanted = dropped + REUSED / CHUNK
+        one.wait_for(lambda: one.metrics().get("lmcache_ext:dropped_chunks_total", 0.0) >= wanted, 30, "drop them")
+        assert servers.command(process.port, "DBSIZE") == b":0\r\n"
+        ask(one, tokens)
+        one.wait_for(lambda: written(one) >= sent + REUSED * 8192, 30, "write the chunks")
+        assert cached_tokens(ask(two, tokens, max_tokens=1)) == REUSED
+
+
 def test_replicas_share_through_the_example_of_a_centralized_server(tmp_path):
     with ExitStack() as stack:
         url, _ = lm(tmp_path, stack)
-        one, two = stack.enter_context(replicas(tmp_path, seed_003(url)))
+        one, two = Replicas(tmp_path, stack).use(seed_003(url))
         assert f"remote {url} as cachegen" in one.log()
         ask(one, prompt(1, TOKENS))
         twin = ask(one, prompt(1, TOKENS))
@@ -145,6 +179,12 @@ def test_replicas_share_through_the_example_of_a_centralized_server(tmp_path):
         assert external_hits(two) == REUSED
         assert logprobs(answer) != logprobs(twin)  # there is a loss, and random weights make much of it
         assert two.metrics().get("lmcache_ext:corrupt_chunks_total", 0) == 0
+
+
+def stepped(server: Server) -> str:
+    """The log after one more step: a change takes effect between two steps."""
+    ask(server, prompt(next(SEEDS), 16), max_tokens=1)
+    return server.log()
 
 
 def written(server: Server) -> float:
