@@ -37,6 +37,7 @@ from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.report import HitReport, start_line
+from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tuning import Tuning, set_log_level
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         if identity.shareable_hash(vllm_config):
             blocks, row_bytes = self._settings.blocks_per_chunk, self._settings.row_bytes
             parts = identity.components(vllm_config, kv_cache_config, blocks_per_chunk=blocks, row_bytes=row_bytes)
+            if found := loss(self._settings.config):
+                parts["loss"] = found
             name = namespace.digest(parts).hex()
         else:
             logger.warning(

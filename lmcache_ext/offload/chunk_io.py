@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from lmcache_ext import frame
 from lmcache_ext.errors import FrameError, StoreError, UnknownSerde
 from lmcache_ext.serde.base import Serde
+from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.base import Store
 
 logger = logging.getLogger("vllm.lmcache_ext.offload.chunk_io")
@@ -81,11 +82,13 @@ class ChunkIO:
 
     def _pack(self, key: bytes, row: memoryview) -> Sequence[memoryview]:
         """The object that holds `row`: its frame and its payload."""
-        payload = self._serde.encode(row)
+        serde, payload = self._serde, self._serde.encode(row)
+        if serde.lossless and sum(part.nbytes for part in payload) > row.nbytes:
+            serde, payload = NaiveSerde(), (row,)  # noise: nothing gained, and a naive reader has no room for more
         head = frame.encode(
             namespace=self._namespace,
             key=key,
-            serde_tag=self._serde.tag,
+            serde_tag=serde.tag,
             raw_length=row.nbytes,
             payload_parts=payload,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from lmcache_ext.config import Config
@@ -59,7 +58,11 @@ def readable_serdes() -> tuple[Serde, ...]:
 
 
 def loss(config: Config) -> str:
-    """The lossy serdes among an engine's tiers; "" where all are bit for bit."""
+    """The lossy serdes among an engine's tiers, a part of its namespace; "" where all are bit for bit.
+
+    Not of the one tier alone: what is computed after a prefix that came back with a loss is other KV
+    too, wherever it is stored then. Who asked for bit-exact KV never meets either.
+    """
     names = set()
     if config.disk_paths:
         names.add(config.local_disk_serde)
@@ -68,12 +71,3 @@ def loss(config: Config) -> str:
     names -= {NaiveSerde.name, LosslessSerde.name}
     bins = f" {config.cachegen_key_bins} {config.cachegen_value_bins}" if CacheGenSerde.name in names else ""
     return "+".join(sorted(names)) + bins
-
-
-def with_loss(namespace: bytes, loss: str) -> bytes:
-    """The namespace of an engine with such a loss in one of its tiers.
-
-    Not of that tier alone: what is computed after a prefix that came back with a loss is other KV too,
-    wherever it is stored then. Who asked for bit-exact KV never meets either.
-    """
-    return hashlib.blake2b(namespace + loss.encode(), digest_size=len(namespace)).digest() if loss else namespace

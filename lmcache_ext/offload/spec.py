@@ -23,7 +23,7 @@ from lmcache_ext.offload.far import FarTiers, num_threads
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
-from lmcache_ext.offload.serdes import loss, open_serde, with_loss
+from lmcache_ext.offload.serdes import open_serde
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
@@ -103,7 +103,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         )
 
         def make_tier(store: Guarded, serde: Serde, limits: TierLimits) -> StoredTier:
-            shared: dict[str, Any] = {"namespace": with_loss(bytes.fromhex(namespace), loss(config)), "pool": pool}
+            shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool}
             return StoredTier(self, rows, store=store, serde=serde, limits=limits, **shared)
 
         return FarTiers(

@@ -53,7 +53,7 @@ def kv_cache_config():
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
     size = len(LAYERS) * NUM_BLOCKS * PAGE
     tensor = KVCacheTensor(size=size, layers=LAYERS, layer_stride=NUM_BLOCKS * PAGE, block_stride=PAGE)
-    return KVCacheConfig(NUM_BLOCKS, [tensor], [KVCacheGroupSpec(LAYERS, spec)])
+    return KVCacheConfig(NUM_BLOCKS, [tensor], [KVCacheGroupSpec(LAYERS, spec)], kv_cache_layout="LBHNC")
 
 
 class Engine:

@@ -19,6 +19,7 @@ from lmcache_ext.connector import LMCacheWorkerMetadata
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.rows import rows_path
+from lmcache_ext.ops import lossless
 from lmcache_ext.plugin import LOAD_FAILURE_POLICY
 from tests.unit.connector_engine import HASH_FN, PROMPT, Engine, make_vllm_config, output_of
 
@@ -82,6 +83,23 @@ class TestReuse:
         assert next_engine.step().finished_recving == {"again"}
         for old, new in zip(warm.kv, next_engine.kv, strict=True):
             assert torch.equal(new[[10, 11, 12, 13, 14, 15]], old[[1, 2, 3, 4, 5, 6]])
+
+    @pytest.mark.parametrize(
+        ("writer", "reader", "hit"),
+        [
+            ("naive", "lossless", 96),
+            ("lossless", "naive", 96),
+            ("fp8", "fp8", 96),
+            ("naive", "fp8", 0),
+            ("fp8", "naive", 0),
+        ],
+    )
+    @pytest.mark.skipif(not lossless.available(), reason="no compiler was there when the package was installed")
+    def test_is_shared_by_engines_of_the_same_loss_only(self, make_engine, writer, reader, hit):
+        first = make_engine(local_disk_serde=writer)
+        first.compute("first", [1, 2, 3, 4, 5, 6, 7])
+        second = make_engine(local_disk_serde=reader)
+        assert second.match(second.request("again")) == hit
 
     def test_stops_where_prompts_part(self, warm):
         assert warm.match(warm.request("other", PROMPT[:40] + [1] * 60)) == 32

@@ -16,12 +16,11 @@ from lmcache_ext.config_keys import SERDES
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.offload.element_layout import _why_opaque, row_layout
 from lmcache_ext.offload.far import FarTiers, open_disk, open_remote
-from lmcache_ext.offload.serdes import loss, open_serde, readable_serdes, with_loss
+from lmcache_ext.offload.serdes import loss, open_serde, readable_serdes
 from lmcache_ext.ops import fixed_numpy, lossless
 from lmcache_ext.ops.layout import ELEMENT_BYTES
 from lmcache_ext.serde.naive import NaiveSerde
 
-NAMESPACE = bytes(range(16))
 LAYERS, RANKS, HEADS, BLOCKS, TOKENS, DIM = 3, 2, 2, 2, 32, 32
 
 
@@ -173,10 +172,8 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("expected", ENGINES)
-def test_engines_with_different_loss_anywhere_never_share_a_chunk(tmp_path, expected):
+def test_loss_of_an_engine_is_that_of_all_its_tiers(tmp_path, expected):
     assert {loss(config_of(tmp_path, text)) for text in ENGINES[expected]} == {expected}
-    assert (with_loss(NAMESPACE, expected) == NAMESPACE) is (expected == "")
-    assert len({with_loss(NAMESPACE, other) for other in ENGINES}) == len(ENGINES)
 
 
 @pytest.mark.parametrize(("before", "after"), [("naive", "fp8"), ("fp8", "lossless"), ("fp8", "int8")])
