@@ -29,6 +29,7 @@ bench: setup  ## each benchmark prints its baseline next to it
 	$(PY) benchmarks/copy_pages.py
 	$(PY) benchmarks/ttft.py
 	$(PY) benchmarks/serde.py
+	$(PY) benchmarks/serde_links.py
 
 style: setup  ## formatting and lint; `.venv/bin/ruff format` mends the first
 	$(PY) -m ruff format --check $(CODE)

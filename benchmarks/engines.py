@@ -87,7 +87,7 @@ def serve(commands: Any, answers: Any, options: dict[str, Any]) -> None:
     """The engine's process: answer commands until their pipe closes."""
     from vllm import LLM
 
-    llm = LLM(enforce_eager=True, dtype=DTYPE, disable_log_stats=False, **options)
+    llm = LLM(**{"enforce_eager": True, "dtype": DTYPE, "disable_log_stats": False, **options})
 
     def say(answer: object) -> None:
         answers.write(json.dumps(answer) + "\n")
