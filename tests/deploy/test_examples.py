@@ -12,6 +12,8 @@ import yaml
 from lmcache_ext.config import load_config
 from lmcache_ext.daemons.lm_args import parse as parse_lm_server
 from lmcache_ext.host_memory import HostMemory
+from lmcache_ext.manifests.check import check
+from lmcache_ext.manifests.text import File
 from runtime import args as runtime_args
 from tests.deploy.kserve_models import read, written
 from tests.deploy.kserve_render import Pod, render
@@ -20,6 +22,7 @@ from tests.deploy.manifests import DEPLOY, EXAMPLES, build, containers, load, of
 SEEDS = Path(__file__).parents[1] / "data" / "seeds"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if (path / "README.md").exists())
 ON_KSERVE = [path for path in FOLDERS if (path / "inferenceservice.yaml").exists()]
+BASE = [DEPLOY / "base" / "gpu" / "runtime.yaml"]
 MAX_README_LINES = 14
 
 
@@ -76,6 +79,12 @@ def test_server_takes_its_arguments_and_its_cache_fits(folder, tmp_path, monkeyp
     assert settings.notes == ()
     (name,) = [w.split("=")[1] for w in service(folder)["spec"]["predictor"]["model"]["args"] if "model_name=" in w]
     assert settings.model_name == name
+
+
+@named(ON_KSERVE)
+def test_check_finds_no_trap(folder):
+    files = [File(str(path), path.read_text()) for path in (*sorted(folder.glob("*.yaml")), *BASE)]
+    assert [one.message for one in check(files).findings if one.severity != "note"] == []
 
 
 @named(ON_KSERVE)
