@@ -195,3 +195,24 @@ def is_still(value) -> bool:
     before = value()
     time.sleep(1.0)
     return value() == before
+
+
+def test_a_file_that_is_edited_in_place_reaches_plain_vllm(tmp_path):
+    path = tmp_path / NAME
+    path.write_text("chunk_size: 256\nmax_local_cpu_size: 0.25\n")
+    options = {"program": "vllm", "args": ["--enable-prompt-tokens-details"]}
+    with cache_server(gpu_blocks=40, env={"LMCACHE_CONFIG_FILE": str(path)}, **options) as server:
+        ask(server, prompt(1, TOKENS))
+        path.write_text("chunk_size: 256\nmax_local_cpu_size: 0.25\nfreeze: true\n")
+        server.wait_for(lambda: "is in effect: freeze: false -> true" in poked(server), ARRIVES_S, "take the file")
+        ask(server, prompt(2, TOKENS))
+        evict(server)
+        assert cached_tokens(ask(server, prompt(1, TOKENS))) == REUSED
+        assert cached_tokens(ask(server, prompt(2, TOKENS))) == 0
+        assert server.metrics()["lmcache_ext:config_generation"] == 2
+
+
+def poked(server) -> str:
+    """The log, after a request that makes an idle engine take a step."""
+    ask(server, prompt(3, 20), max_tokens=1)
+    return server.log()
