@@ -172,9 +172,10 @@ class Pod:
             *("--hostname", self.name, "--info-fd", str(info_fd)),
             *([] if self.ports or self._network else ["--unshare-net"]),
             *(*system, "--proc", "/proc", "--dev", "/dev", "--ro-bind", str(cgroup), "/sys/fs/cgroup"),
-            *(word for path in sorted(python) for word in (*_parents(path), "--ro-bind", path, path)),
             *self._names(),
             *self._binds(),
+            # after the pod's own mounts: a volume at /tmp must not hide a checkout that lies below it
+            *(word for path in sorted(python) for word in (*_parents(path), "--ro-bind", path, path)),
             *("--remount-ro", "/", "--chdir", "/opt"),
         ]
 

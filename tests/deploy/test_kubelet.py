@@ -202,7 +202,8 @@ def more(load: Load, count: int) -> None:
 
 def test_probes_say_when_it_is_ready(cluster):
     pod = cluster.pod
-    until(lambda: pod.probe("livenessProbe"), "alive while it loads", START_S)
+    until(lambda: pod.probe("livenessProbe") or not pod.alive, "alive while it loads", START_S)
+    assert pod.alive, pod.tail()
     assert not pod.probe("readinessProbe")
     pod.wait_started(START_S)
     assert pod.probe("readinessProbe")
