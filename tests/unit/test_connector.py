@@ -347,6 +347,7 @@ class TestPatience:
             warm.scheduler.get_num_new_matched_tokens(request, 0)
             return len(asked)
 
+        warm.scheduler._was_idle = False  # the fixture's last step computed nothing
         assert [ask(), ask()] == [1, 1], "without an idle step nobody waits"
         warm.scheduler.build_connector_meta(SchedulerOutput.make_empty())
         news = threading.Timer(0.05, warm.scheduler.scheduler.manager.progress.advance)
