@@ -19,10 +19,10 @@ run: setup  ## serve a tiny model, or MODEL=/path, on PORT with ARGS='more flags
 test: setup  ## every test, the fast ones first
 	$(PY) -m pytest -m "not bench"
 
-fast: setup  ## tests that start no server
+fast: setup  ## tests that start no engine
 	$(PY) -m pytest -m "not e2e and not bench"
 
-e2e: setup  ## tests that start real servers
+e2e: setup  ## tests that start real engines, or wait for servers to fail over
 	$(PY) -m pytest -m e2e
 
 bench: setup  ## each benchmark prints its baseline next to it

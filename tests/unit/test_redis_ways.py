@@ -102,6 +102,7 @@ def test_a_plain_client_of_a_tls_server_is_unavailable(tls_server: servers.Serve
     store.close()
 
 
+@pytest.mark.e2e
 @pytest.mark.redis
 @pytest.mark.parametrize("kind", ["redis", "valkey"])
 def test_a_failover_is_followed(kind: str, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_a_failover_is_followed(kind: str, tmp_path: Path) -> None:
         store.close()
 
 
+@pytest.mark.e2e
 @pytest.mark.redis
 def test_a_master_that_was_demoted_is_left(tmp_path: Path) -> None:
     """READONLY: the connection still stands, but it leads to a replica now."""
@@ -171,6 +173,7 @@ def test_nobody_knows_the_service(tmp_path: Path) -> None:
         store.close()
 
 
+@pytest.mark.e2e
 def test_slots_that_move_are_followed(tmp_path: Path) -> None:
     with servers.cluster("redis", tmp_path) as nodes:
         store = open_store(f"redis-cluster://{nodes[0].address}", options={"part_bytes": 1000})
@@ -195,6 +198,7 @@ def test_slots_that_move_are_followed(tmp_path: Path) -> None:
         store.close()
 
 
+@pytest.mark.e2e
 @pytest.mark.redis
 def test_a_dead_node_costs_its_own_keys_only(tmp_path: Path) -> None:
     with servers.cluster("redis", tmp_path) as nodes:
