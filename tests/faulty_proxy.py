@@ -35,6 +35,8 @@ class Proxy:
         self.target_port = target_port
         self._now = (NONE, threading.Event())
         """The fault, and what is set when another takes its place."""
+        self.has_struck = threading.Event()
+        """Set when the fault has met bytes that it hits, cleared by the next one."""
         self._lock = threading.Lock()
         self._links: set[tuple[socket.socket, socket.socket]] = set()
         self._listener: socket.socket | None = None
@@ -49,6 +51,7 @@ class Proxy:
         """From now on. Connections that lost bytes to the last fault are closed."""
         _, changed = self._now
         self._now = (fault, threading.Event())
+        self.has_struck.clear()
         changed.set()
         if fault.kind == "refuse":
             self._stop_listening()
@@ -103,7 +106,9 @@ class Proxy:
                 fault, changed = self._now
                 if not fault.hits(way, len(data)):
                     sink.sendall(data)
-                elif not _harm(fault, data, sink, changed):
+                    continue
+                self.has_struck.set()
+                if not _harm(fault, data, sink, changed):
                     break
         _end(*link)
         with self._lock:

@@ -170,6 +170,7 @@ def test_a_backend_that_dies_in_the_middle_of_a_fetch(bench: Bench) -> None:
     bench.backend.behave(Fault("hang", beyond=SMALL))
     rows = np.array([3], dtype=np.int32)
     bench.tier.submit_load(TransferJob(0, [key], rows, is_promotion=True, req_context=ReqContext("dies", None)))
+    until(lambda: any(proxy.has_struck.is_set() for proxy in bench.backend.proxies), "in the middle of it", 5)
     bench.backend.behave(Fault("refuse"))
     assert bench.pool.drain(10)
     assert [result.success for result in bench.tier.get_finished_jobs()] == [False]
