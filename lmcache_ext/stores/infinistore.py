@@ -5,6 +5,7 @@ The client raises bare `Exception` for whatever fails, has no deadlines, and its
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ import numpy as np
 from lmcache_ext.errors import StoreError, StoreFull, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.infinistore_options import InfinistoreOptions
 from lmcache_ext.stores.registered import address_of
+
+logger = logging.getLogger("vllm.lmcache_ext.stores.infinistore")
 
 OK = 200
 TOO_SMALL = 400
@@ -118,6 +121,7 @@ class Client:
 
 @contextmanager
 def _failures(what: str) -> Iterator[None]:
+    """The client's failures as ours; it raises bare `Exception`s, so nothing narrower catches them."""
     try:
         yield
     except Exception as error:
@@ -126,10 +130,11 @@ def _failures(what: str) -> Iterator[None]:
 
 @contextmanager
 def _ignored() -> Iterator[None]:
+    """For closing: the connection is given up either way, and the client raises bare `Exception`s."""
     try:
         yield
     except Exception:
-        return
+        logger.debug("infinistore: closing failed", exc_info=True)
 
 
 def error_of(code: int, what: str) -> StoreError:
