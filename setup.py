@@ -28,7 +28,7 @@ setup(
     ext_modules=[
         library("pages", ("pages.h",)),
         library("lossless", ("rans.h",)),
-        library("fixed", ("elements.h",)),
-        library("cachegen", ("elements.h", "models.h", "rans.h")),
+        library("fixed", ("device.h", "e4m3.h", "elements.h")),
+        library("cachegen", ("device.h", "elements.h", "models.h", "rans.h")),
     ]
 )

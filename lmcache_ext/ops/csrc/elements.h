@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "device.h"
+
 extern "C" {
 // Rows of ops/layout.py, which has checked that every element lies in the row.
 struct kvx_layout {
@@ -33,59 +35,57 @@ namespace kvx {
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 template <typename T>
-T load(const uint8_t* from) {
+KVX_DEVICE T load(const uint8_t* from) {
   T value;
   std::memcpy(&value, from, sizeof(T));
   return value;
 }
 
 template <typename T>
-void store(uint8_t* to, T value) {
+KVX_DEVICE void store(uint8_t* to, T value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
-inline uint32_t bits_of(float x) {
+KVX_DEVICE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
 }
 
-inline float of_bits(uint32_t bits) {
+KVX_DEVICE float of_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
 
-inline float from_bfloat16(uint16_t h) { return of_bits(static_cast<uint32_t>(h) << 16); }
+KVX_DEVICE float from_bfloat16(uint16_t h) { return of_bits(static_cast<uint32_t>(h) << 16); }
 
 // To the nearest, ties to even. Finite values only, as everything here is by then.
-inline uint16_t to_bfloat16(float x) {
+KVX_DEVICE uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_of(x);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float from_float16(uint16_t h) {
+KVX_DEVICE float from_float16(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   const uint32_t rest = h & 0x7fff;
-  if (rest >= 0x7c00) return of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
   // as a float with the exponent of 2^-112 too little, which one exact multiplication puts right
-  return of_bits(sign | bits_of(of_bits(rest << 13) * of_bits(0x77800000)));
+  const uint32_t number = bits_of(of_bits(rest << 13) * of_bits(0x77800000));
+  return of_bits(sign | (rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13 : number));
 }
 
 // To the nearest, ties to even; beyond the largest float16, that one.
-inline uint16_t to_float16(float x) {
+KVX_DEVICE uint16_t to_float16(float x) {
   const uint32_t bits = bits_of(x);
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t rest = bits & 0x7fffffff;
-  if (rest >= 0x477ff000) return sign | 0x7bff;
-  if (rest < 0x38800000) {  // subnormal: the addition rounds to a multiple of 2^-24
-    return static_cast<uint16_t>(sign | (bits_of(of_bits(rest) + 0.5f) - 0x3f000000));
-  }
-  return static_cast<uint16_t>(sign | ((rest + 0xfff + (rest >> 13 & 1)) - 0x38000000) >> 13);
+  const uint32_t normal = ((rest + 0xfff + (rest >> 13 & 1)) - 0x38000000) >> 13;
+  const uint32_t subnormal = bits_of(of_bits(rest) + 0.5f) - 0x3f000000;  // rounded to a multiple of 2^-24
+  const uint32_t code = rest < 0x38800000 ? subnormal : normal;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | (rest >= 0x477ff000 ? 0x7bff : code));
 }
 
 // What is no finite number becomes 0: it must not spoil the scale of its neighbours.
-inline float tame(float x) { return (bits_of(x) & 0x7f800000) == 0x7f800000 ? 0.0f : x; }
+KVX_DEVICE float tame(float x) { return (bits_of(x) & 0x7f800000) == 0x7f800000 ? 0.0f : x; }
 
 inline int64_t num_cells(const kvx_layout& layout) {
   return static_cast<int64_t>(layout.layers) * layout.heads * layout.blocks;

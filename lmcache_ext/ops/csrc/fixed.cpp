@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <memory>
 
+#include "e4m3.h"
 #include "elements.h"
 
 #define KVX_EXPORT extern "C" __attribute__((visibility("default")))
@@ -24,25 +25,6 @@ constexpr int64_t kGroup = 32;  // elements of one scale in KIVI
 enum Scheme : int32_t { kFp8 = 0, kInt8 = 1, kKivi4 = 2, kKivi2 = 3 };
 
 enum Refusal : int64_t { kOtherLength = -1, kBadVersion = -2, kOtherLayout = -3, kNoMemory = -4, kBadScheme = -5 };
-
-// ---- e4m3: 4 bits of exponent biased by 7, 3 of mantissa, no infinities, largest 448
-
-uint8_t to_e4m3(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t sign = bits >> 24 & 0x80;
-  const uint32_t rest = bits & 0x7fffffff;
-  if (rest >= 0x43e00000) return static_cast<uint8_t>(sign | 0x7e);
-  if (rest < 0x3c800000) {  // below 2^-6: the addition rounds to a multiple of 2^-9
-    return static_cast<uint8_t>(sign | (bits_of(of_bits(rest) + 16384.0f) - 0x46800000));
-  }
-  return static_cast<uint8_t>(sign | ((rest + 0x7ffff + (rest >> 20 & 1)) - 0x3c000000) >> 20);
-}
-
-float from_e4m3(uint8_t code) {
-  const uint32_t sign = static_cast<uint32_t>(code & 0x80) << 24;
-  // the two codes that are no numbers, 0x7f and 0xff, are never written and read as 480
-  return of_bits(sign | bits_of(of_bits(static_cast<uint32_t>(code & 0x7f) << 20) * of_bits(0x7b800000)));
-}
 
 // ---- one cell's keys or values: tokens x dim, a scale, a byte for each element
 

@@ -12,13 +12,8 @@
 
 #include <cstdint>
 
+#include "device.h"
 #include "pages.h"
-
-#if defined(__CUDACC__)
-#define KVX_DEVICE __host__ __device__ inline
-#else
-#define KVX_DEVICE inline
-#endif
 
 namespace kvx {
 
