@@ -59,7 +59,8 @@ class Engine:
         self._from.close()
 
     def ask(self, tokens: Sequence[int], *, max_tokens: int = 1) -> dict[str, Any]:
-        """{"seconds": whole request, "per_token": decoding, "cached": reused tokens, "logprobs": [...]}"""
+        """{"seconds": whole request, "first": of them until the first token, "per_token": decoding, each after it,
+        "cached": reused tokens, "logprobs": [...]}"""
         return self._call({"ask": list(tokens), "max_tokens": max_tokens})
 
     def reset(self, *, connector: bool = False) -> None:
@@ -110,9 +111,11 @@ def _execute(llm: Any, command: dict[str, Any]) -> object:
     (output,) = llm.generate([{"prompt_token_ids": command["ask"]}], sampling, use_tqdm=False)
     seconds = time.perf_counter() - begin
     steps, stamps = output.outputs[0].logprobs, output.metrics
+    decoding = stamps.last_token_ts - stamps.first_token_ts
     return {
         "seconds": seconds,
-        "per_token": (stamps.last_token_ts - stamps.first_token_ts) / max(1, len(steps) - 1),
+        "first": seconds - decoding,
+        "per_token": decoding / max(1, len(steps) - 1),
         "cached": output.num_cached_tokens,
         "logprobs": [sorted((token, entry.logprob) for token, entry in step.items()) for step in steps],
     }

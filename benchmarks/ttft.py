@@ -1,14 +1,17 @@
 """Time to first token: cold, vLLM's own prefix-cache hit, and our hits, paired in one run.
 
-Run: ``python benchmarks/ttft.py [--tokens 4000 --repeats 7 --core 0 --out benchmarks/results]``
+Run: ``python benchmarks/ttft.py [--tokens 4000 --repeats 5 --rounds 15 --core 0 --out benchmarks/results]``
 
-Six engines are held ready on one core and asked by turns; every repeat uses prompts of its own, so
-each hit is a first hit. Prompt lengths are chosen so that vLLM's prefix cache (blocks of 128 on CPU)
-and a chunk of 256 reuse exactly the same number of tokens. "second process" is an engine that never
-saw the prompt and shares only the directory. A second engine without a cache tells how much two equal
-engines differ: no overhead below that means anything. Decoding is measured twice: right after a cold
-prefill, while its KV travels to host memory (and disk), and of the same prompt again, when there is
-nothing left to store.
+Six engines are held ready on one core and asked by turns, in an order drawn anew each time; every turn
+uses a prompt of its own, so each hit is a first hit. Prompt lengths are chosen so that vLLM's prefix
+cache (blocks of 128 on CPU) and a chunk of 256 reuse exactly the same number of tokens. "second process"
+is an engine that never saw the prompt and shares only the directory.
+
+Overheads have rounds of their own. Decoding is measured twice: right after a cold prefill, while its KV
+travels to host memory (and disk), and of the same prompt again, when there is nothing left to store. Two
+rows tell what an overhead means: a second engine without a cache (how much two equal engines differ), and
+the same engine while this process, on the cores that the engine leaves free, does nothing but write as
+many bytes to the same disk (what the bytes themselves cost).
 """
 
 from __future__ import annotations
@@ -21,17 +24,26 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engines import CONNECTOR, DTYPE, Engine
+from benchmarks.paired import Ratio, ratio, rounds
 from examples.tiny_model import build
 
 BLOCK, CHUNK = 128, 256
+TOKEN_BYTES = 8192
+CHUNK_BYTES = CHUNK * TOKEN_BYTES
 DECODED = 65
+SETTLE_S = 0.3
+"""The write-behind of 30 MB is over by then."""
+
+SIDES = {"plain": "vLLM alone", "block": "chunk = block", "chunk": "chunk 256"}
 TARGETS = {
     "host hit, chunk = block": 1.2,
     "host hit, chunk 256": 1.2,
@@ -71,54 +83,91 @@ def open_engines(stack: ExitStack, directory: Path, core: int, max_model_len: in
     return {name: stack.enter_context(engine) for name, engine in made.items()}
 
 
-def measure(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
-    rows: Rows = {}
+def note(rows: Rows, row: str, seconds: float) -> None:
+    rows.setdefault(row, []).append(seconds)
 
-    def note(row: str, seconds: float) -> None:
-        rows.setdefault(row, []).append(seconds)
 
+def warm_up(engines: dict[str, Engine], tokens: int) -> None:
     for engine in engines.values():
         for _ in range(3):
             engine.ask(prompt(999_999, tokens), max_tokens=DECODED)
-    for repeat in range(repeats):
+
+
+def measure_hits(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
+    rows: Rows = {}
+    for repeat, names in rounds(["plain", "block", "chunk"], repeats, seed=1):
         asked = prompt(repeat, tokens)
-        cold, hit = one_engine(engines["plain"], asked, "plain")
-        note("cold, vLLM alone", cold)
-        note("cold, vLLM alone, its twin", float(engines["twin"].ask(asked)["seconds"]))
-        note("vLLM's own prefix-cache hit", hit["plain"])
-        for name, label in (("block", "chunk = block"), ("chunk", "chunk 256")):
+        for name in names:
             cold, hit = one_engine(engines[name], asked, name)
-            note(f"cold, {label}", cold)
-            for tier in ("host", "disk"):
-                note(f"{tier} hit, {label}", hit[tier])
-                note(f"lookup, {tier} hit, {label}", hit[f"lookup, {tier}"])
+            note(rows, f"cold, {SIDES[name]}", cold)
+            for row, seconds in hit.items():
+                note(rows, row, seconds)
         second = engines["second"].ask(asked)
         assert second["cached"] == reused(tokens), second["cached"]
-        note("second process, chunk 256", second["seconds"])
-        for name in order(repeat, ["plain", "twin", "host", "chunk"]):
-            fresh = prompt(10_000 + repeat, tokens)
-            note(f"decode while storing, {name}", decode(engines[name], fresh))
-            note(f"decode, {name}", decode(engines[name], fresh))
+        note(rows, "second process, chunk 256", second["seconds"])
     return rows
 
 
-def order(repeat: int, names: list[str]) -> list[str]:
-    """Alternate who goes first: caches and clocks favour one side otherwise."""
-    return names if repeat % 2 else names[::-1]
+def measure_overheads(engines: dict[str, Engine], tokens: int, num_rounds: int, writer: Writer) -> Rows:
+    """Each side's first token and its decoding, seconds; the n-th of each row belong to the same round."""
+    rows: Rows = {}
+    for index, names in rounds(["plain", "twin", "host", "chunk", "bytes"], num_rounds, seed=2):
+        for place, name in enumerate(names):
+            fresh = prompt(10_000 + 10 * index + place, tokens)
+            if name == "bytes":
+                estimate = statistics.median(rows.get("first token, twin", [0.5]))
+                with writer.after(estimate):
+                    answer = engines["twin"].ask(fresh, max_tokens=DECODED)
+            else:
+                answer = engines[name].ask(fresh, max_tokens=DECODED)
+            assert answer["cached"] == 0
+            time.sleep(SETTLE_S)
+            note(rows, f"first token, {name}", answer["first"])
+            note(rows, f"decode while storing, {name}", answer["per_token"])
+            if name != "bytes":
+                note(rows, f"decode, {name}", engines[name].ask(fresh, max_tokens=DECODED)["per_token"])
+    return rows
+
+
+class Writer:
+    """Writes what a prompt's chunks would, on the cores that the engines leave free."""
+
+    def __init__(self, directory: Path, core: int, num_bytes: int) -> None:
+        self._directory = directory
+        self._cores = (os.sched_getaffinity(0) - {core}) or os.sched_getaffinity(0)
+        self._chunks = [random.Random(i).randbytes(CHUNK_BYTES) for i in range(num_bytes // CHUNK_BYTES)]
+        self._written = 0
+        directory.mkdir()
+
+    @contextmanager
+    def after(self, seconds: float) -> Iterator[None]:
+        """Inside, everything is written once, beginning so many seconds from now."""
+        timer = threading.Timer(seconds, self._write)
+        timer.start()
+        yield
+        timer.join()
+
+    def _write(self) -> None:
+        os.sched_setaffinity(0, self._cores)
+        for chunk in self._chunks:
+            self._written += 1  # no file is removed: its pages would be had for less than new ones
+            temporary = self._directory / "temporary"
+            temporary.write_bytes(chunk)
+            temporary.rename(self._directory / str(self._written))
 
 
 def one_engine(engine: Engine, asked: list[int], name: str) -> tuple[float, dict[str, float]]:
     cold = engine.ask(asked)
     assert cold["cached"] == 0
-    time.sleep(0.5)  # the write-behind of the cold request is not part of the hits
+    time.sleep(SETTLE_S)
     if name == "plain":
-        return cold["seconds"], {"plain": expect(engine, asked)}
+        return cold["seconds"], {"vLLM's own prefix-cache hit": expect(engine, asked)}
     found = {}
     for tier in ("host", "disk"):
         engine.reset(connector=tier == "disk")
         before = lookup_seconds(engine)
-        found[tier] = expect(engine, asked)
-        found[f"lookup, {tier}"] = lookup_seconds(engine) - before
+        found[f"{tier} hit, {SIDES[name]}"] = expect(engine, asked)
+        found[f"lookup, {tier} hit, {SIDES[name]}"] = lookup_seconds(engine) - before
     return cold["seconds"], found
 
 
@@ -130,11 +179,6 @@ def expect(engine: Engine, asked: list[int]) -> float:
 
 def reused(tokens: int) -> int:
     return tokens // CHUNK * CHUNK
-
-
-def decode(engine: Engine, asked: list[int]) -> float:
-    """Seconds per decoded token."""
-    return float(engine.ask(asked, max_tokens=DECODED)["per_token"])
 
 
 def table(rows: Rows) -> str:
@@ -152,18 +196,21 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def overheads(rows: Rows) -> dict[str, float]:
-    def ratio(ours: str, theirs: str) -> float:
-        return statistics.median(a / b for a, b in zip(rows[ours], rows[theirs], strict=True)) - 1
-
+def overheads(rows: Rows) -> dict[str, Ratio]:
     return {
-        "cold TTFT, chunk 256": ratio("cold, chunk 256", "cold, vLLM alone"),
-        "cold TTFT, chunk = block": ratio("cold, chunk = block", "cold, vLLM alone"),
-        "decode": ratio("decode, chunk", "decode, plain"),
-        "decode while storing to host memory": ratio("decode while storing, host", "decode while storing, plain"),
-        "decode while storing to disk too": ratio("decode while storing, chunk", "decode while storing, plain"),
-        "(noise: cold TTFT of two equal engines)": ratio("cold, vLLM alone, its twin", "cold, vLLM alone"),
-        "(noise: decode of two equal engines)": ratio("decode, twin", "decode, plain"),
+        name: ratio(rows[f"{row}, {side}"], rows[f"{row}, plain"])
+        for name, row, side in (
+            ("cold TTFT, storing to host memory", "first token", "host"),
+            ("cold TTFT, storing to host memory and disk", "first token", "chunk"),
+            ("cold TTFT, (noise) two equal engines", "first token", "twin"),
+            ("decode, nothing to store, host memory", "decode", "host"),
+            ("decode, nothing to store, host memory and disk", "decode", "chunk"),
+            ("decode, (noise) two equal engines", "decode", "twin"),
+            ("decode while storing to host memory", "decode while storing", "host"),
+            ("decode while storing to host memory and disk", "decode while storing", "chunk"),
+            ("decode while storing, (noise) two equal engines", "decode while storing", "twin"),
+            ("decode while another process writes the bytes", "decode while storing", "bytes"),
+        )
     }
 
 
@@ -195,25 +242,41 @@ def plot(rows: Rows, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5, help="of the hits")
+    parser.add_argument("--rounds", type=int, default=15, help="of the overheads")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     tokens = reused(options.tokens) + 100  # the prefix cache of 128-token blocks stops at the same boundary
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         engines = open_engines(stack, Path(directory), options.core, tokens + 2 * DECODED)
-        rows = measure(engines, tokens, options.repeats)
+        warm_up(engines, tokens)
+        rows = measure_hits(engines, tokens, options.repeats)
+        writer = Writer(Path(directory) / "bytes", options.core, reused(tokens) * TOKEN_BYTES)
+        stored = measure_overheads(engines, tokens, options.rounds, writer)
     print(f"\n{tokens} tokens, {reused(tokens)} reused, {DTYPE}, core {options.core}, {options.repeats} repeats")
     print(table(rows))
-    for name, share in overheads(rows).items():
-        print(f"overhead, {name}: {share:+.1%} (target <= 2 %)")
+    print(f"\noverhead of {options.rounds} paired rounds, each in random order (target <= 2 %)")
+    shares = overheads(stored)
+    for name, share in shares.items():
+        print(f"{name:50} {share.overhead}")
     for name, seconds in rows.items():
         if name.startswith("lookup"):
             print(f"{name}: {statistics.median(seconds) * 1e6:.0f} us per request in the scheduler (target <= 100)")
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {"tokens": tokens, "dtype": DTYPE, "machine": platform.processor(), "seconds": rows}
-    (options.out / "ttft.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, options.out / "ttft.png")
+    save(options.out, tokens, rows | stored, shares)
+
+
+def save(directory: Path, tokens: int, rows: Rows, shares: dict[str, Ratio]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    report = {
+        "tokens": tokens,
+        "dtype": DTYPE,
+        "machine": platform.processor(),
+        "seconds": rows,
+        "overheads": {name: share._asdict() for name, share in shares.items()},
+    }
+    (directory / "ttft.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(rows, directory / "ttft.png")
 
 
 if __name__ == "__main__":
