@@ -1,4 +1,4 @@
-"""Builds the CUDA page copier, lmcache_ext/ops/_pages_cuda.so, for every architecture we name.
+"""Builds the CUDA kernels, every .cu of lmcache_ext/ops/csrc in one _cuda.so, for every architecture we name.
 
 Run: ``python scripts/build_cuda.py [--nvcc PATH] [--out FILE]``. Needs nvcc 12.1 or newer and no GPU. Architectures
 that this nvcc does not know are left out, and PTX of the newest one it knows is added for GPUs to come. The result runs
@@ -28,17 +28,19 @@ def command(nvcc: str, architectures: list[int], out: Path) -> list[str]:
     flags = [
         "-std=c++17",
         "-O3",
+        "--fmad=false",  # payloads are compared bit for bit with those of hosts
+        "--threads=0",
         "-shared",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
         "-Werror=all-warnings",
     ]
-    return [nvcc, *flags, *targets, str(OPS / "csrc" / "pages.cu"), "-o", str(out)]
+    return [nvcc, *flags, *targets, *map(str, sorted(OPS.glob("csrc/*.cu"))), "-o", str(out)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
-    parser.add_argument("--out", type=Path, default=OPS / "_pages_cuda.so")
+    parser.add_argument("--out", type=Path, default=OPS / "_cuda.so")
     options = parser.parse_args()
     if shutil.which(options.nvcc) is None:
         print(f"{options.nvcc} is not here: install CUDA's compiler, or name it with --nvcc", file=sys.stderr)

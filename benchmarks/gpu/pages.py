@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lmcache_ext.ops import pages_cuda, pages_numpy
+from lmcache_ext.ops import native, pages_cuda, pages_numpy
 from lmcache_ext.ops.table import PageTable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,10 +176,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here", file=sys.stderr)
         return 2
-    if not pages_cuda.LIBRARY.exists():
+    if not native.CUDA_LIBRARY.exists():
         subprocess.run([sys.executable, ROOT / "scripts" / "build_cuda.py"], check=True)
     if not pages_cuda.available():
-        print(f"{pages_cuda.LIBRARY} does not load on this machine", file=sys.stderr)
+        print(f"{native.CUDA_LIBRARY} does not load on this machine", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver batch of vLLM's kind beside ours")
     for layout in LAYOUTS:

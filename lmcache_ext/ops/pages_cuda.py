@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lmcache_ext.ops import native
 from lmcache_ext.ops.table import Int64s, PageTable
 
 ABI = 1  # kvx_cuda_abi() in csrc/pages.cu
-LIBRARY = Path(__file__).with_name("_pages_cuda.so")
 DEFAULT_CTAS = 16  # blocks of 256 threads: enough in flight for PCIe 5, an eighth of an H100's multiprocessors
 
 _UNALIGNED = -(2**63)
@@ -49,7 +48,7 @@ def copy_pages(
     """
     library = _library()
     if library is None:
-        raise RuntimeError(f"{LIBRARY.name} is not built: run scripts/build_cuda.py")
+        raise RuntimeError(f"{native.CUDA_LIBRARY.name} is not built: run scripts/build_cuda.py")
     if block_ids.shape != row_offsets.shape or num_ctas < 1:
         raise ValueError(f"{block_ids.shape} block_ids, {row_offsets.shape} row_offsets, {num_ctas} blocks of threads")
     function = library.kvx_cuda_gather_pages if way == "gather" else library.kvx_cuda_scatter_pages
@@ -69,14 +68,9 @@ def judge(result: int) -> int:
 
 
 @cache
-def _library() -> Any | None:  # noqa: ANN401  ctypes' libraries have no types to speak of
-    if not LIBRARY.exists():
-        return None
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:  # no driver here
-        return None
-    if library.kvx_cuda_abi() != ABI:
+def _library() -> ctypes.CDLL | None:
+    library = native.load_cuda("kvx_cuda_abi", ABI)
+    if library is None:
         return None
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for function in (library.kvx_cuda_gather_pages, library.kvx_cuda_scatter_pages):

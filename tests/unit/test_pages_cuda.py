@@ -109,7 +109,7 @@ def test_refusals_are_told_apart():
 
 @pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no nvcc")
 def test_builds_for_every_architecture_without_a_warning(tmp_path):
-    out = tmp_path / "pages_cuda.so"
+    out = tmp_path / "cuda.so"
     command = [sys.executable, str(ROOT / "scripts" / "build_cuda.py"), "--out", str(out)]
     built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
