@@ -27,8 +27,8 @@ def library(name: str, depends: tuple[str, ...] = ()) -> Extension:
 setup(
     ext_modules=[
         library("pages", ("pages.h",)),
-        library("lossless", ("rans.h",)),
+        library("lossless", ("rans.h", "rans_model.h")),
         library("fixed", ("device.h", "e4m3.h", "elements.h")),
-        library("cachegen", ("device.h", "elements.h", "models.h", "rans.h")),
+        library("cachegen", ("cachegen.h", "device.h", "elements.h", "models.h", "rans.h", "rans_model.h")),
     ]
 )

@@ -18,10 +18,12 @@ from lmcache_ext.ops import native
 from lmcache_ext.ops.layout import Layout, Struct
 from lmcache_ext.ops.table import Bytes
 
-ABI = 1  # kvx_cachegen_abi() in csrc/cachegen.cpp
+ABI = 2  # kvx_cachegen_abi() in csrc/cachegen.cpp
 
 Bins = npt.NDArray[np.float32]
 """(layers, 2): of keys and of values, how many steps cover eight standard deviations."""
+
+STREAM_SYMBOLS = 1 << 15  # kStreamSymbols in csrc/cachegen.h
 
 _SLACK_BYTES = 256  # that the encoder wants free while it works
 _REFUSALS: dict[int, tuple[type[FrameError], str]] = {
@@ -43,10 +45,16 @@ def instruction_sets() -> range:
     return range(1, _loaded().kvx_cachegen_isa() + 1)
 
 
+def stream_heads(layout: Layout) -> int:
+    """How many heads share a stream in what we write: as many as have STREAM_SYMBOLS together."""
+    symbols = layout.blocks * layout.tokens * max(layout.dims)
+    return min(-(-STREAM_SYMBOLS // symbols), layout.heads)
+
+
 def bound(layout: Layout) -> int:
     """The longest payload of rows of this layout: the row, and what tells where things are."""
-    lines = layout.heads * sum(layout.dims)
-    return layout.row_bytes + 24 + layout.layers * (8 + 2 * (4 * layout.heads + 136) + 4 * lines)
+    lines, streams = layout.heads * sum(layout.dims), -(-layout.heads // stream_heads(layout))
+    return layout.row_bytes + 24 + layout.layers * (8 + 2 * (4 * layout.heads + 136 * streams) + 4 * lines)
 
 
 def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:

@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from lmcache_ext.errors import BadPayload, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import rans_numpy as rans
-from lmcache_ext.ops.cachegen import Bins, bound
+from lmcache_ext.ops.cachegen import Bins, bound, stream_heads
 from lmcache_ext.ops.fixed_numpy import Floats, load_plane, store_plane
 from lmcache_ext.ops.layout import Int32s, Layout
 from lmcache_ext.ops.rans_numpy import Model
 
 HEADER = struct.Struct("<BBHHHIIII")
-VERSION = 1
+VERSION, ONE_STREAM_VERSION = 2, 1
 CLASSES = 32
 REACH, ESCAPE = 127, 255
 DELTA = 0x80
@@ -41,18 +41,23 @@ UP_TO = (
 
 
 class Part(NamedTuple):
-    """One layer's keys or its values."""
+    """One layer's keys or its values, and how many of its heads share a stream."""
 
     layer: int
     places: Int32s
+    stream_heads: int
 
 
 def encode(layout: Layout, bins: Bins, row: bytes) -> bytes:
     """The payload of a row."""
-    flat = np.frombuffer(row, dtype=np.uint8)
+    flat, parts = np.frombuffer(row, dtype=np.uint8), _parts(layout, stream_heads(layout))
     while True:
-        bodies = [_encode_part(layout, part, flat, bins.reshape(-1)[i]) for i, part in enumerate(_parts(layout))]
-        payload = _header(layout) + b"".join(struct.pack("<I", len(body)) for body in bodies) + b"".join(bodies)
+        bodies = [_encode_part(layout, part, flat, bins.reshape(-1)[i]) for i, part in enumerate(parts)]
+        payload = (
+            _header(layout, VERSION, stream_heads(layout))
+            + b"".join(struct.pack("<I", len(body)) for body in bodies)
+            + b"".join(bodies)
+        )
         if len(payload) <= bound(layout):
             return payload
         bins = bins * np.float32(0.5)
@@ -63,15 +68,17 @@ def decode(layout: Layout, coded: bytes, row: bytearray) -> None:
     at = HEADER.size + 8 * layout.layers
     if len(coded) < at:
         raise TruncatedFrame("ends within its directory")
-    if coded[0] != VERSION:
+    if coded[0] not in (VERSION, ONE_STREAM_VERSION):
         raise UnsupportedVersion(f"version {coded[0]}")
-    if coded[: HEADER.size] != _header(layout):
+    heads = HEADER.unpack_from(coded)[-1]
+    sound = 1 <= heads <= layout.heads if coded[0] == VERSION else heads == 0
+    if not sound or coded[: HEADER.size] != _header(layout, coded[0], heads):
         raise BadPayload("of another layout")
     lengths = struct.unpack_from(f"<{2 * layout.layers}I", coded, HEADER.size)
     if at + sum(lengths) != len(coded):
         raise BadPayload("not as long as its directory says")
     flat = np.frombuffer(row, dtype=np.uint8)
-    for part, length in zip(_parts(layout), lengths, strict=True):
+    for part, length in zip(_parts(layout, heads or layout.heads), lengths, strict=True):
         if not _decode_part(layout, part, coded[at : at + length], flat):
             raise BadPayload("a layer that does not decode")
         at += length
@@ -96,12 +103,19 @@ def _fit_class(k: int) -> Model:
     return rans.fit(counts)
 
 
-def _header(layout: Layout) -> bytes:
-    return HEADER.pack(VERSION, 0, layout.tokens, *layout.dims, layout.layers, layout.heads, layout.blocks, 0)
+def _header(layout: Layout, version: int, heads: int) -> bytes:
+    return HEADER.pack(version, 0, layout.tokens, *layout.dims, layout.layers, layout.heads, layout.blocks, heads)
 
 
-def _parts(layout: Layout) -> list[Part]:
-    return [Part(layer, index) for layer in range(layout.layers) for index in (layout.k_index, layout.v_index)]
+def _parts(layout: Layout, heads: int) -> list[Part]:
+    indices = (layout.k_index, layout.v_index)
+    return [Part(layer, index, heads) for layer in range(layout.layers) for index in indices]
+
+
+def _streams(layout: Layout, part: Part) -> list[range]:
+    """The heads of each stream."""
+    firsts = range(0, layout.heads, part.stream_heads)
+    return [range(first, min(first + part.stream_heads, layout.heads)) for first in firsts]
 
 
 def _load_head(layout: Layout, part: Part, head: int, flat: npt.NDArray[np.uint8]) -> Floats:
@@ -149,24 +163,35 @@ def _order(kinds: list[int]) -> list[int]:
 
 
 def _encode_part(layout: Layout, part: Part, flat: npt.NDArray[np.uint8], bins: np.float32) -> bytes:
-    steps, kinds, means, escapes = [], [], [], []
-    coded: list[tuple[int, npt.NDArray[np.uint8]]] = []
-    for head in range(layout.heads):
-        x = _load_head(layout, part, head, flat)
-        spread = _deviation(x)
-        steps.append(spread * (SPREAD / bins) if spread > 2.0**-100 else np.float32(0))
-        lines = [_predict(line) for line in _quantise(x, steps[-1]).T]
-        for d in _order([kind for kind, _, _ in lines]):
-            kind, _, residuals = lines[d]
-            fits = (np.abs(residuals) <= REACH) & (models()[kind & ~DELTA][np.clip(residuals + REACH, 0, 254)] > 0)
-            coded.append((kind & ~DELTA, np.where(fits, residuals + REACH, ESCAPE).astype(np.uint8)))
-            escapes += residuals[~fits].tolist()
-        kinds += [kind for kind, _, _ in lines]
-        means += [mean for _, mean, _ in lines]
-    stream = _encode_stream(coded)
+    steps, kinds, means, streams, sizes = [], [], [], [], b""
+    escapes: list[int] = []
+    for heads in _streams(layout, part):
+        coded: list[tuple[int, npt.NDArray[np.uint8]]] = []
+        before = len(escapes)
+        for head in heads:
+            step, lines = _encode_head(layout, part, head, flat, bins)
+            for d in _order([kind for kind, _, _ in lines]):
+                kind, _, residuals = lines[d]
+                fits = (np.abs(residuals) <= REACH) & (models()[kind & ~DELTA][np.clip(residuals + REACH, 0, 254)] > 0)
+                coded.append((kind & ~DELTA, np.where(fits, residuals + REACH, ESCAPE).astype(np.uint8)))
+                escapes += residuals[~fits].tolist()
+            steps.append(step)
+            kinds += [kind for kind, _, _ in lines]
+            means += [mean for _, mean, _ in lines]
+        streams.append(_encode_stream(coded))
+        sizes += struct.pack("<II", len(escapes) - before, len(streams[-1]))
     head_bytes = np.array(steps, dtype="<f4").tobytes() + bytes(kinds) + np.array(means, dtype="<i2").tobytes()
-    sizes = struct.pack("<II", len(escapes), len(stream))
-    return head_bytes + sizes + stream + np.array(escapes, dtype="<i4").tobytes()
+    return head_bytes + sizes + b"".join(streams) + np.array(escapes, dtype="<i4").tobytes()
+
+
+def _encode_head(
+    layout: Layout, part: Part, head: int, flat: npt.NDArray[np.uint8], bins: np.float32
+) -> tuple[np.float32, list[tuple[int, int, npt.NDArray[np.int64]]]]:
+    """The step of a head, and its lines as `_predict` has them."""
+    x = _load_head(layout, part, head, flat)
+    spread = _deviation(x)
+    step = spread * (SPREAD / bins) if spread > 2.0**-100 else np.float32(0)
+    return step, [_predict(line) for line in _quantise(x, step).T]
 
 
 def _encode_stream(coded: list[tuple[int, npt.NDArray[np.uint8]]]) -> bytes:
@@ -209,22 +234,42 @@ class _Stream:
 
 
 def _decode_part(layout: Layout, part: Part, body: bytes, flat: npt.NDArray[np.uint8]) -> bool:
-    dim, tokens = part.places.shape[1], layout.blocks * layout.tokens
-    lines = layout.heads * dim
-    fixed = 4 * layout.heads + 3 * lines + 8
+    streams = _streams(layout, part)
+    lines = layout.heads * part.places.shape[1]
+    fixed = 4 * layout.heads + 3 * lines + 8 * len(streams)
     if len(body) < fixed:
         return False
-    steps = np.frombuffer(body[: 4 * layout.heads], dtype="<f4")
     kinds = body[4 * layout.heads :][:lines]
-    means = np.frombuffer(body[4 * layout.heads + lines :][: 2 * lines], dtype="<i2").tolist()
-    num_escapes, stream_bytes = struct.unpack_from("<II", body, fixed - 8)
-    if fixed + stream_bytes + 4 * num_escapes != len(body) or stream_bytes < rans.STATE_BYTES:
+    sizes = struct.unpack_from(f"<{2 * len(streams)}I", body, fixed - 8 * len(streams))
+    if fixed + sum(sizes[1::2]) + 4 * sum(sizes[::2]) != len(body):
         return False
     if any(kind & ~DELTA >= CLASSES for kind in kinds):
         return False
-    stream = _Stream(body[fixed : fixed + stream_bytes])
-    escapes = np.frombuffer(body[fixed + stream_bytes :], dtype="<i4").tolist()
-    for head in range(layout.heads):
+    at, escapes_at = fixed, fixed + sum(sizes[1::2])
+    for heads, count, length in zip(streams, sizes[::2], sizes[1::2], strict=True):
+        if length < rans.STATE_BYTES:
+            return False
+        escapes = np.frombuffer(body[escapes_at : escapes_at + 4 * count], dtype="<i4").tolist()
+        if not _decode_stream(layout, part, heads, body, _Stream(body[at : at + length]), escapes, flat):
+            return False
+        at, escapes_at = at + length, escapes_at + 4 * count
+    return True
+
+
+def _decode_stream(
+    layout: Layout,
+    part: Part,
+    heads: range,
+    body: bytes,
+    stream: _Stream,
+    escapes: list[int],
+    flat: npt.NDArray[np.uint8],
+) -> bool:
+    dim, tokens = part.places.shape[1], layout.blocks * layout.tokens
+    steps = np.frombuffer(body[: 4 * layout.heads], dtype="<f4")
+    kinds = body[4 * layout.heads :][: layout.heads * dim]
+    means = np.frombuffer(body[4 * layout.heads + len(kinds) :][: 2 * len(kinds)], dtype="<i2").tolist()
+    for head in heads:
         q, own = np.empty((tokens, dim), dtype=np.int64), list(kinds[head * dim : (head + 1) * dim])
         for d in _order(own):
             symbols = stream.line(own[d] & ~DELTA, tokens)

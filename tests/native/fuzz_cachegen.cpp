@@ -20,7 +20,7 @@ struct Scene {
 
   explicit Scene(std::mt19937_64& random) {
     const auto below = [&](uint64_t most) { return static_cast<int32_t>(1 + random() % most); };
-    layout = {0, nullptr, nullptr, nullptr, static_cast<int32_t>(random() % 3), below(2), below(2), below(3),
+    layout = {0, nullptr, nullptr, nullptr, static_cast<int32_t>(random() % 3), below(2), below(3), below(3),
               below(70), below(20), below(20)};
     const int64_t bytes = layout.dtype == kFloat32 ? 4 : 2;
     k_index.resize(static_cast<size_t>(layout.tokens * layout.k_dim));

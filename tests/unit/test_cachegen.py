@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmcache_ext.errors import BadPayload, FrameError, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import cachegen, cachegen_numpy, fixed_numpy
-from lmcache_ext.ops.layout import DTYPES, Layout
+from lmcache_ext.ops.layout import DTYPES, Layout, token_rows
 from tests.unit.test_fixed import layouts, plain_layout, planes, random_row
 
 if not cachegen.available():
@@ -42,6 +42,13 @@ def smooth_row(layout: Layout, seed: int = 0) -> bytes:
             steps = rng.normal(size=index.shape).cumsum(axis=0) + 20 * rng.normal(size=index.shape[1])
             fixed_numpy.store_plane(layout, row, cell, index, steps.astype(np.float32))
     return row.tobytes()
+
+
+def many_heads(heads: int, tokens: int, dim: int = 64, dtype="bfloat16") -> Layout:
+    """One layer as GPUs lay it out: keys of all tokens and heads, then values."""
+    cells = (2 * np.arange(heads, dtype=np.int64) * dim).reshape(1, heads, 1)
+    token = token_rows(tokens, dim, token_elements=heads * dim, first=0)
+    return Layout(4 * tokens * heads * dim, dtype, cells, token, token + np.int32(tokens * heads * dim))
 
 
 def spiky_row(layout: Layout, seed: int = 0) -> bytes:
@@ -122,15 +129,15 @@ def test_bins_are_those_of_their_layer_and_part():
 LITERAL_LAYOUT = plain_layout("float32", tokens=33, dim=1, layers=1)
 LITERAL_ROW = struct.pack("<66f", *(value for t in range(33) for value in (t - 16, 4 * (t % 2))))
 LITERAL = bytes.fromhex(
-    # version, reserved, tokens, elements of a key, of a value; layers, heads, blocks, reserved
-    "0100"
+    # version, reserved, tokens, elements of a key, of a value; layers, heads, blocks, heads of a stream
+    "0200"
     "2100"
     "0100"
     "0100"
     "01000000"
     "01000000"
     "01000000"
-    "00000000"
+    "01000000"
     "930000008f000000"  # directory: 147 and 143 bytes
     "b8591841"
     "81"
@@ -162,6 +169,35 @@ def test_the_bytes_are_as_specified():
     np.testing.assert_array_equal(back, np.rint(exact / steps) * steps)
 
 
+def of_one_stream(payload: bytes) -> bytes:
+    """The same as version 1 wrote it, where each part has one stream anyhow."""
+    return b"\x01" + payload[1:20] + bytes(4) + payload[24:]
+
+
+def test_payloads_of_the_version_before_are_read():
+    layout = plain_layout(tokens=40, dim=8)
+    payload, before = encode(layout, spiky_row(layout)), bytes(layout.row_bytes)
+    for isa in ISAS:
+        assert decode(layout, of_one_stream(payload), before, isa) == decode(layout, payload, before)
+    twin = bytearray(before)
+    cachegen_numpy.decode(layout, of_one_stream(payload), twin)
+    assert decode(layout, payload, before) == bytes(twin)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "expected"), [(5, 256, 2), (3, 520, 1), (2, 16, 2)])
+def test_heads_share_a_stream_until_it_is_long_enough(heads, tokens, expected):
+    layout = many_heads(heads, tokens)
+    row = random_row(layout)
+    payload = encode(layout, row)
+    assert struct.unpack_from("<I", payload, 20) == (expected,)
+    assert payload == cachegen_numpy.encode(layout, bins_of(layout), row)
+    before = np.random.default_rng(1).bytes(layout.row_bytes)
+    twin = bytearray(before)
+    cachegen_numpy.decode(layout, payload, twin)
+    for isa in ISAS:
+        assert decode(layout, payload, before, isa) == bytes(twin)
+
+
 class TestHostile:
     LAYOUT = plain_layout(tokens=40, dim=8)
     BODY = 24 + 8 * 2  # the first layer's keys
@@ -178,13 +214,23 @@ class TestHostile:
 
     def test_another_version(self):
         payload = self.payload()
-        payload[0] = 2
+        payload[0] = 3
         self.refused(payload, UnsupportedVersion)
 
-    @pytest.mark.parametrize("at", [1, 2, 4, 6, 8, 12, 16, 23])
+    @pytest.mark.parametrize("at", [1, 2, 4, 6, 8, 12, 16, 20, 23])
     def test_another_layout(self, at):
         payload = self.payload()
         payload[at] ^= 1
+        self.refused(payload, BadPayload)
+
+    def test_version_before_that_counts_heads_of_a_stream(self):
+        payload = self.payload()
+        payload[0] = 1
+        self.refused(payload, BadPayload)
+
+    def test_more_heads_in_a_stream_than_there_are(self):
+        payload = self.payload()
+        struct.pack_into("<I", payload, 20, 2**31 + 1)
         self.refused(payload, BadPayload)
 
     @pytest.mark.parametrize("length", [0, 23, 24, 39])

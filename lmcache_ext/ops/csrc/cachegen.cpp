@@ -13,47 +13,15 @@
 #include <utility>
 #include <vector>
 
-#include "elements.h"
-#include "models.h"
+#include "cachegen.h"
+#include "rans.h"
 
 #define KVX_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
 using namespace kvx;
-
-constexpr int64_t kHeaderBytes = 24;
-constexpr uint8_t kVersion = 1;
-constexpr uint8_t kDelta = 0x80;  // in a line's byte: differences from the token before
-constexpr int32_t kFarthest = 1 << 20;  // steps from 0; beyond it values are cut off
-constexpr float kSpread = 8.0f;         // standard deviations that the bins of a layer cover
-
-enum Refusal : int64_t {
-  kTruncated = -1,
-  kBadVersion = -2,
-  kOtherLayout = -3,
-  kBadDirectory = -4,
-  kBadBody = -5,
-  kNoMemory = -6,
-  kNoRoom = -7,
-};
-
-// One layer's keys or its values.
-struct Part {
-  const kvx_layout* layout;
-  const int64_t* cells;  // (heads, blocks)
-  const int32_t* index;
-  int64_t dim;
-
-  int64_t tokens() const { return static_cast<int64_t>(layout->blocks) * layout->tokens; }
-  int64_t lines() const { return layout->heads * dim; }
-  int64_t fixed_bytes() const { return 4 * layout->heads + 3 * lines() + 8; }
-};
-
-Part part_of(const kvx_layout& layout, int64_t layer, bool keys) {
-  const int64_t* cells = layout.cells + layer * layout.heads * layout.blocks;
-  return {&layout, cells, keys ? layout.k_index : layout.v_index, keys ? layout.k_dim : layout.v_dim};
-}
+using namespace kvx::cachegen;
 
 // ---- one head: x is (tokens, dim)
 
@@ -93,19 +61,6 @@ float deviation(const float* x, int64_t tokens, int64_t dim, float* mean, float*
   return std::sqrt(tame(sum) / static_cast<float>(tokens * dim));
 }
 
-// Which of the models fits residuals that sum up to so many steps in magnitude: a bell of deviation s has a mean
-// magnitude of 0.8 s. Compares with the middle, in logarithms, between one class and the next.
-int class_of(int64_t magnitudes, int64_t tokens) {
-  // 2^20 * sqrt(2 / pi) * 2^((k - 9.5) / 4)
-  static constexpr int64_t kUpTo[kClasses - 1] = {
-      161285, 191801, 228091, 271248, 322570, 383602, 456183, 542496, 645140,
-      767205, 912365, 1084991, 1290279, 1534409, 1824730, 2169982, 2580559, 3068819,
-      3649461, 4339965, 5161117, 6137637, 7298922, 8679930, 10322234, 12275274, 14597844,
-      17359859, 20644468, 24550549, 29195687};
-  const int64_t mean = (magnitudes << 20) / tokens;
-  return static_cast<int>(std::upper_bound(kUpTo, kUpTo + kClasses - 1, mean) - kUpTo);
-}
-
 // ---- encoding
 
 struct Line {
@@ -117,8 +72,7 @@ struct Line {
 Line predict(int32_t* q, int64_t tokens) {
   int64_t sum = 0;
   for (int64_t t = 0; t < tokens; ++t) sum += q[t];
-  const int64_t rounded = (2 * sum + (sum < 0 ? -tokens : tokens)) / (2 * tokens);
-  const auto mean = static_cast<int32_t>(std::clamp<int64_t>(rounded, INT16_MIN, INT16_MAX));
+  const int32_t mean = mean_of(sum, tokens);
   int64_t from_mean = std::abs(q[0] - mean), from_last = from_mean;
   for (int64_t t = 1; t < tokens; ++t) {
     from_mean += std::abs(q[t] - mean);
@@ -135,9 +89,9 @@ struct Encoder {
   std::vector<float> x, mean, square;
   std::vector<int32_t> q;  // (dim, tokens) of a head
   std::vector<Line> lines;
-  std::vector<uint8_t> symbols;  // of all lines in the order of coding
+  std::vector<uint8_t> symbols;  // of all lines of a stream in the order of coding
   std::vector<uint8_t> kinds;    // of the same lines
-  std::vector<int32_t> escapes;
+  std::vector<int32_t> escapes;  // of all streams of a part
 };
 
 // Lines of one head from the likeliest model to the next: few tables at a time.
@@ -153,14 +107,11 @@ void order_lines(int64_t dim, const Kind& kind, std::vector<int32_t>* order) {
 }
 
 void quantise_head(const Part& part, float step, Encoder* state) {
-  const float inverse = step > 0x1p-120f ? 1.0f / step : 0.0f;
+  const float inverse = inverse_of(step);
   const int64_t tokens = part.tokens();
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t d = 0; d < part.dim; ++d) {
-      float y = state->x[static_cast<size_t>(t * part.dim + d)] * inverse;
-      constexpr auto most = static_cast<float>(kFarthest);
-      y = y > -most ? (y < most ? y : most) : -most;
-      state->q[static_cast<size_t>(d * tokens + t)] = round_even(y);
+      state->q[static_cast<size_t>(d * tokens + t)] = quantise(state->x[static_cast<size_t>(t * part.dim + d)], inverse);
     }
   }
 }
@@ -170,7 +121,7 @@ float encode_head(const Part& part, int64_t head, const uint8_t* row, float bins
   const int64_t tokens = part.tokens();
   load_head(part, head, row, state->x.data());
   const float spread = deviation(state->x.data(), tokens, part.dim, state->mean.data(), state->square.data());
-  const float step = spread > 0x1p-100f ? spread * (kSpread / bins) : 0.0f;
+  const float step = step_of(spread, bins);
   quantise_head(part, step, state);
   Line* lines = state->lines.data() + head * part.dim;
   for (int64_t d = 0; d < part.dim; ++d) lines[d] = predict(state->q.data() + d * tokens, tokens);
@@ -204,29 +155,42 @@ uint8_t* encode_stream(const Encoder& state, int64_t tokens, uint8_t* begin, uin
   return rans::finish(begin, out, states);
 }
 
+// Writes one stream in [at, end), whose steps belong at `steps` and sizes at `sizes`; returns where it ends, or null.
+uint8_t* encode_heads(const Part& part, int32_t stream, const uint8_t* row, float bins, Encoder* state, uint8_t* steps,
+                      uint8_t* sizes, uint8_t* at, uint8_t* end) {
+  const size_t escapes_before = state->escapes.size();
+  state->symbols.clear(), state->kinds.clear();
+  for (int32_t head = part.first_head(stream); head < part.end_head(stream); ++head) {
+    store(steps + 4 * head, encode_head(part, head, row, bins, state));
+  }
+  const auto escape_bytes = static_cast<int64_t>(4 * state->escapes.size());
+  if (end - at < escape_bytes) return nullptr;
+  uint8_t* const words = encode_stream(*state, part.tokens(), at, end - escape_bytes);
+  if (words == nullptr) return nullptr;
+  const int64_t bytes = end - escape_bytes - words;
+  store(sizes, static_cast<uint32_t>(state->escapes.size() - escapes_before));
+  store(sizes + 4, static_cast<uint32_t>(bytes));
+  std::memmove(at, words, static_cast<size_t>(bytes));
+  return at + bytes;
+}
+
 // Writes the body of a part at `out`; returns its length or a Refusal.
 int64_t encode_part(const Part& part, const uint8_t* row, float bins, Encoder* state, uint8_t* out, uint8_t* end) {
   if (end - out < part.fixed_bytes()) return kNoRoom;
-  state->symbols.clear(), state->kinds.clear(), state->escapes.clear();
-  uint8_t* at = out;
-  for (int64_t head = 0; head < part.layout->heads; ++head, at += 4) {
-    store(at, encode_head(part, head, row, bins, state));
+  state->escapes.clear();
+  uint8_t* at = out + part.fixed_bytes();
+  for (int32_t stream = 0; stream < part.streams(); ++stream) {
+    uint8_t* const sizes = out + part.sizes_at() + 8 * stream;
+    at = encode_heads(part, stream, row, bins, state, out, sizes, at, end);
+    if (at == nullptr) return kNoRoom;
   }
-  for (int64_t line = 0; line < part.lines(); ++line) *at++ = state->lines[static_cast<size_t>(line)].kind;
-  for (int64_t line = 0; line < part.lines(); ++line, at += 2) {
-    store(at, state->lines[static_cast<size_t>(line)].mean);
+  for (int64_t line = 0; line < part.lines(); ++line) {
+    out[part.kinds_at() + line] = state->lines[static_cast<size_t>(line)].kind;
+    store(out + part.means_at() + 2 * line, state->lines[static_cast<size_t>(line)].mean);
   }
   const auto escape_bytes = static_cast<int64_t>(4 * state->escapes.size());
-  if (end - at - 8 < escape_bytes) return kNoRoom;
-  uint8_t* const body = at + 8;
-  uint8_t* const stream = encode_stream(*state, part.tokens(), body, end - escape_bytes);
-  if (stream == nullptr) return kNoRoom;
-  const int64_t stream_bytes = end - escape_bytes - stream;
-  store(at, static_cast<uint32_t>(state->escapes.size()));
-  store(at + 4, static_cast<uint32_t>(stream_bytes));
-  std::memmove(body, stream, static_cast<size_t>(stream_bytes));
-  if (escape_bytes > 0) std::memcpy(body + stream_bytes, state->escapes.data(), static_cast<size_t>(escape_bytes));
-  return body + stream_bytes + escape_bytes - out;
+  if (escape_bytes > 0) std::memcpy(at, state->escapes.data(), static_cast<size_t>(escape_bytes));
+  return at + escape_bytes - out;
 }
 
 // ---- decoding
@@ -256,59 +220,58 @@ bool decode_line(const uint8_t* symbols, int64_t tokens, uint8_t kind, int32_t m
   return true;
 }
 
-bool decode_part(const Part& part, const uint8_t* body, int64_t bytes, rans::Isa isa, Decoder* state, uint8_t* row) {
-  if (bytes < part.fixed_bytes()) return false;
-  const int64_t tokens = part.tokens();
-  const uint8_t* const kinds = body + 4 * part.layout->heads;
-  const uint8_t* const means = kinds + part.lines();
-  const uint8_t* const sizes = means + 2 * part.lines();
-  const int64_t escape_bytes = 4 * static_cast<int64_t>(load<uint32_t>(sizes));
-  const int64_t stream_bytes = load<uint32_t>(sizes + 4);
-  if (part.fixed_bytes() + stream_bytes + escape_bytes != bytes) return false;
-  for (int64_t line = 0; line < part.lines(); ++line) {
-    if ((kinds[line] & ~kDelta) >= kClasses) return false;
-  }
+// Fills the heads of one stream of a part from [stream, stream + bytes) and from escapes, which it moves on.
+bool decode_heads(const Part& part, int32_t which, const uint8_t* body, const uint8_t* stream, int64_t bytes,
+                  const uint8_t** escapes, const uint8_t* escapes_end, rans::Isa isa, Decoder* state, uint8_t* row) {
   rans::Reader reader;
-  if (!rans::open(sizes + 8, stream_bytes, &reader)) return false;
-  const uint8_t* escapes = sizes + 8 + stream_bytes;
-  for (int64_t head = 0; head < part.layout->heads; ++head) {
-    const uint8_t* kind = kinds + head * part.dim;
+  if (!rans::open(stream, bytes, &reader)) return false;
+  for (int32_t head = part.first_head(which); head < part.end_head(which); ++head) {
+    const uint8_t* kind = body + part.kinds_at() + head * part.dim;
     const float step = tame(load<float>(body + 4 * head));
     order_lines(part.dim, [&](int32_t d) { return kind[d]; }, &state->order);
     for (const int32_t d : state->order) {
       const rans::DecodeTable& table = models().decode[kind[d] & ~kDelta];
-      if (!rans::decode_from(&reader, table, state->symbols.data(), tokens, isa)) return false;
-      const auto mean = load<int16_t>(means + 2 * (head * part.dim + d));
-      if (!decode_line(state->symbols.data(), tokens, kind[d], mean, step, &escapes, body + bytes, state->x.data() + d,
-                       part.dim)) {
+      if (!rans::decode_from(&reader, table, state->symbols.data(), part.tokens(), isa)) return false;
+      const auto mean = load<int16_t>(body + part.means_at() + 2 * (static_cast<int64_t>(head) * part.dim + d));
+      if (!decode_line(state->symbols.data(), part.tokens(), kind[d], mean, step, escapes, escapes_end,
+                       state->x.data() + d, part.dim)) {
         return false;
       }
     }
     for (float& value : state->x) value = tame(value);
     store_head(part, head, state->x.data(), row);
   }
-  return rans::at_end(reader) && escapes == body + bytes;
+  return rans::at_end(reader);
 }
 
-// ---- containers
-
-int64_t directory_end(const kvx_layout& layout) { return kHeaderBytes + 8 * static_cast<int64_t>(layout.layers); }
-
-void write_header(const kvx_layout& layout, uint8_t* out) {
-  std::memset(out, 0, kHeaderBytes);
-  out[0] = kVersion;
-  store(out + 2, static_cast<uint16_t>(layout.tokens));
-  store(out + 4, static_cast<uint16_t>(layout.k_dim));
-  store(out + 6, static_cast<uint16_t>(layout.v_dim));
-  store(out + 8, layout.layers);
-  store(out + 12, layout.heads);
-  store(out + 16, layout.blocks);
+bool decode_part(const Part& part, const uint8_t* body, int64_t bytes, rans::Isa isa, Decoder* state, uint8_t* row) {
+  if (bytes < part.fixed_bytes()) return false;
+  const uint8_t* const sizes = body + part.sizes_at();
+  int64_t total = part.fixed_bytes(), num_escapes = 0;
+  for (int32_t stream = 0; stream < part.streams(); ++stream) {
+    num_escapes += load<uint32_t>(sizes + 8 * stream);
+    total += load<uint32_t>(sizes + 8 * stream + 4);
+  }
+  if (total + 4 * num_escapes != bytes) return false;
+  for (int64_t line = 0; line < part.lines(); ++line) {
+    if ((body[part.kinds_at() + line] & ~kDelta) >= kClasses) return false;
+  }
+  const uint8_t* at = body + part.fixed_bytes();
+  const uint8_t* escapes = body + total;
+  for (int32_t stream = 0; stream < part.streams(); ++stream) {
+    const uint8_t* const end = escapes + 4 * static_cast<int64_t>(load<uint32_t>(sizes + 8 * stream));
+    const int64_t stream_bytes = load<uint32_t>(sizes + 8 * stream + 4);
+    if (!decode_heads(part, stream, body, at, stream_bytes, &escapes, end, isa, state, row)) return false;
+    if (escapes != end) return false;
+    at += stream_bytes;
+  }
+  return true;
 }
 
 }  // namespace
 
 // Raised with every change of the interface below; ops/cachegen.py refuses another.
-KVX_EXPORT int32_t kvx_cachegen_abi() { return 1; }
+KVX_EXPORT int32_t kvx_cachegen_abi() { return 2; }
 
 // The best instruction set of this machine, as rans::Isa.
 KVX_EXPORT int32_t kvx_cachegen_isa() { return static_cast<int32_t>(rans::best_isa()); }
@@ -324,10 +287,10 @@ KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bi
   state.x.resize(tokens * dim), state.q.resize(tokens * dim);
   state.mean.resize(dim), state.square.resize(dim);
   state.lines.resize(static_cast<size_t>(layout->heads) * dim);
-  write_header(*layout, out);
+  write_header(*layout, kVersion, stream_heads(*layout), out);
   uint8_t* body = out + directory_end(*layout);
   for (int64_t i = 0; i < 2 * layout->layers; ++i) {
-    const Part part = part_of(*layout, i / 2, i % 2 == 0);
+    const Part part = part_of(*layout, stream_heads(*layout), i);
     const int64_t bytes = encode_part(part, row, bins[i], &state, body, out + out_bytes);
     if (bytes < 0) return bytes;
     store(out + kHeaderBytes + 4 * i, static_cast<uint32_t>(bytes));
@@ -340,11 +303,8 @@ KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bi
 // and writes within both.
 KVX_EXPORT int64_t kvx_cachegen_decode(const kvx_layout* layout, const uint8_t* coded, int64_t coded_bytes, uint8_t* row,
                                        int32_t isa) {
-  if (coded_bytes < directory_end(*layout)) return kTruncated;
-  uint8_t header[kHeaderBytes];
-  write_header(*layout, header);
-  if (coded[0] != header[0]) return kBadVersion;
-  if (std::memcmp(coded, header, kHeaderBytes) != 0) return kOtherLayout;
+  const int64_t heads = read_header(*layout, coded, coded_bytes);
+  if (heads < 0) return heads;
   int64_t total = directory_end(*layout);
   for (int64_t i = 0; i < 2 * layout->layers; ++i) total += load<uint32_t>(coded + kHeaderBytes + 4 * i);
   if (total != coded_bytes) return kBadDirectory;
@@ -356,7 +316,7 @@ KVX_EXPORT int64_t kvx_cachegen_decode(const kvx_layout* layout, const uint8_t* 
   const uint8_t* body = coded + directory_end(*layout);
   for (int64_t i = 0; i < 2 * layout->layers; ++i) {
     const int64_t bytes = load<uint32_t>(coded + kHeaderBytes + 4 * i);
-    const Part part = part_of(*layout, i / 2, i % 2 == 0);
+    const Part part = part_of(*layout, static_cast<int32_t>(heads), i);
     if (!decode_part(part, body, bytes, chosen, &state, row)) return kBadBody;
     body += bytes;
   }

@@ -8,8 +8,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 
-#include "rans.h"
+#include "rans_model.h"
 
 namespace kvx {
 
