@@ -102,6 +102,8 @@ class Remote(_Part):
     num_connections: int = 8
     request_timeout_s: float | None = None  # None: Live.blocking_timeout_s
     connect_timeout_s: float | None = None
+    stall_timeout_ms: int | None = None  # of a get; None, and below: the store's own
+    min_bytes_per_s: int | None = None
     sentinel_service: str = "redismaster"  # REDIS_SERVICE_NAME, LMCache's name and default
     sentinel_timeout_s: float = 1.0  # REDIS_TIMEOUT
 

@@ -306,6 +306,8 @@ _EXTRA_HONOURED = (
     Key("valkey_num_workers", whole(1, 256), "live.remote.num_connections"),
     Key("request_timeout", seconds, "live.remote.request_timeout_s"),
     Key("connection_timeout", seconds, "live.remote.connect_timeout_s"),
+    Key("remote_stall_timeout_ms", whole(1), "live.remote.stall_timeout_ms"),
+    Key("remote_min_bytes_per_s", whole(1), "live.remote.min_bytes_per_s"),
     Key("ping_interval", seconds, "live.health.ping_interval_s"),
     Key("get_blocking_failed_threshold", whole(1), "live.health.failures_before_open"),
     Key("waiting_time_for_recovery", seconds, "live.health.recovery_s"),
@@ -341,8 +343,8 @@ _EXTRA_OF_STORES = (
 EXTRA: dict[str, Key] = _table(*_EXTRA_HONOURED, *_EXTRA_OF_STORES, *_EXTRA_NOT_NEEDED)
 # Of Redis, Valkey and lm://, which read them by these names (stores/redis_options.py, stores/lmserver.py).
 EXTRA_OF_STORES = re.compile(
-    r"lm_.+|token|token_file|tls|tls_(ca|cert|key)|ssl_.+|name|mode|database|ttl_(s|touch)|num_connections|part_bytes"
-    r"|sentinel_(service|username|password)|(request|connect|lookup|sentinel)_timeout_s"
+    r"lm_.+|token|token_file|tls|tls_(ca|cert|key)|ssl_.+|name|mode|database|ttl_(s|touch)|num_connections|part_bytes|min_bytes_per_s"
+    r"|sentinel_(service|username|password)|(request|connect|lookup|sentinel|stall)_timeout_s"
 )
 # Families of options of LMCache that nothing reads here.
 EXTRA_FAMILIES = re.compile(

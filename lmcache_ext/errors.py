@@ -6,6 +6,7 @@ LMCacheExtError
 ├── RequestRefused           a request to the controller that is answered with a status and a way out
 ├── StoreError               a store operation failed; judged by stores.guard alone
 │   ├── StoreTimeout         the deadline passed
+│   │   └── StoreStalled     the backend stopped in the middle of an answer, long before it
 │   ├── StoreUnavailable     refused, vanished, read-only, I/O error
 │   │   └── StoreRefused     it answered, and the answer is no
 │   └── StoreFull            no room, and none could be made
@@ -57,6 +58,10 @@ class StoreError(LMCacheExtError):
 
 class StoreTimeout(StoreError):
     """The operation did not finish within its deadline."""
+
+
+class StoreStalled(StoreTimeout):
+    """The backend stopped sending in the middle of what was asked for, or sends next to nothing."""
 
 
 class StoreUnavailable(StoreError):

@@ -1,9 +1,12 @@
-"""A TCP proxy for tests: faithful until told to refuse, hang, trickle, cut or flip; itself again when told so."""
+"""A TCP proxy for tests: faithful until told to refuse, hang, stall, trickle, cut or flip, or to be a slow link; itself
+again when told so.
+"""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -16,10 +19,12 @@ TRICKLE_S = 0.02
 class Fault:
     """What happens to what is sent; `beyond` spares smaller pieces, so that lookups may work where fetches do not."""
 
-    kind: Literal["none", "refuse", "hang", "trickle", "cut", "flip"]
+    kind: Literal["none", "refuse", "hang", "stall", "trickle", "cut", "flip", "slow"]
+    """`stall` passes on a half and then nothing; `slow` is `bytes_per_s` for all connections together."""
     beyond: int = 0
     way: Literal["both", "up", "down"] = "both"
     """`up` is to the server."""
+    bytes_per_s: float = 0.0
 
     def hits(self, way: str, num_bytes: int) -> bool:
         return self.kind not in ("none", "refuse") and self.way in ("both", way) and num_bytes > self.beyond
@@ -40,6 +45,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._links: set[tuple[socket.socket, socket.socket]] = set()
         self._listener: socket.socket | None = None
+        self._link_free_at = 0.0
         self.port = 0
         self._listen()
 
@@ -104,7 +110,9 @@ class Proxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 fault, changed = self._now
-                if not fault.hits(way, len(data)):
+                if fault.kind == "slow":
+                    self._take_turn(len(data) / fault.bytes_per_s)
+                if fault.kind == "slow" or not fault.hits(way, len(data)):
                     sink.sendall(data)
                     continue
                 self.has_struck.set()
@@ -118,6 +126,12 @@ class Proxy:
         for sock in link:  # the other direction has ended too
             sock.close()
 
+    def _take_turn(self, seconds: float) -> None:
+        """Wait until the slow link, which all connections share, has carried one more piece."""
+        with self._lock:
+            self._link_free_at = done_at = max(self._link_free_at, time.monotonic()) + seconds
+        time.sleep(max(done_at - time.monotonic(), 0.0))
+
 
 def _harm(fault: Fault, data: bytes, sink: socket.socket, changed: threading.Event) -> bool:
     """Pass on what the fault leaves of the data; whether the connection goes on."""
@@ -129,6 +143,9 @@ def _harm(fault: Fault, data: bytes, sink: socket.socket, changed: threading.Eve
     if fault.kind == "cut":
         sink.sendall(data[: len(data) // 2])
     elif fault.kind == "hang":
+        changed.wait()
+    elif fault.kind == "stall":
+        sink.sendall(data[: len(data) // 2])
         changed.wait()
     elif fault.kind == "trickle":
         for at in range(len(data)):

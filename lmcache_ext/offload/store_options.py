@@ -18,7 +18,7 @@ def store_options(url: str, config: Config) -> dict[str, Any]:
     if scheme in ("file", "fs"):
         return {"name": "remote"}  # a second directory, told from local_disk in metrics
     if scheme == "mooncakestore":
-        return deadlines | live.mooncake.model_dump(exclude_none=True)
+        return deadlines | _pace(config) | live.mooncake.model_dump(exclude_none=True)
     if scheme == "infinistore":
         return deadlines | live.infinistore.model_dump()
     if scheme == "audit":
@@ -34,7 +34,13 @@ def store_options(url: str, config: Config) -> dict[str, Any]:
 
 def _resp_and_lm(config: Config) -> dict[str, Any]:
     extra = config.live.extra_config
-    options = remote_options(config.live.remote.model_dump(), extra)
+    options = _pace(config) | remote_options(config.live.remote.model_dump(), extra)
     if not options.get("tls"):
         options.pop("tls", None)  # not said is not refused: certificates may ask for it
     return options | {name: value for name, value in extra.items() if name in _LM_OPTIONS or name.startswith("lm_")}
+
+
+def _pace(config: Config) -> dict[str, float]:
+    """How long a backend may stop in the middle of a fetch, where that was written."""
+    stall_ms = config.live.remote.stall_timeout_ms
+    return {} if stall_ms is None else {"stall_timeout_s": stall_ms / 1000}

@@ -9,8 +9,9 @@ answered in time: a backend that trickles, or lacks a node, may answer `ping`. W
 one `put` is let through after each backoff as a trial; `ping` proves nothing about writing.
 
 Failures are in a row among calls of one kind: an `exists` that works says nothing about fetching. A read
-that failed late counts once per second that somebody waited for it, so a few long waits are enough. A batch
-is one call: it failed where any of its objects did, once, however many those are.
+that failed late counts once per second that somebody waited for it, so a few long waits are enough; two that
+stopped in the middle (StoreStalled) are enough, too. A batch is one call: it failed where any of its objects
+did, once, however many those are.
 
 A call is judged when it returns, but a blocking file system call may never: a read past its deadline is
 counted as it runs, whenever somebody asks `is_open`. What a slow read fetched is still given.
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lmcache_ext.errors import StoreError, StoreUnavailable
+from lmcache_ext.errors import StoreError, StoreStalled, StoreUnavailable
 from lmcache_ext.stores.base import Store, Usage
 
 logger = logging.getLogger("vllm.lmcache_ext.stores.guard")
@@ -64,6 +65,11 @@ class Breaker:
         self._failures: Counter[str] = Counter()
         self._openings = 0
         self._on_trial = False
+
+    @property
+    def half(self) -> int:
+        """So many failures, twice, open it."""
+        return -(-self._failures_to_open // 2)
 
     def follow(self, other: Breaker) -> None:
         """Take over the thresholds of another."""
@@ -350,7 +356,8 @@ class Guarded(Store):
             if cause != "overdue" or not call.charged:
                 self._counters[f"{side}.{cause}"] += 1
             now = self._clock()
-            times, call.charged = call.cost(now) - call.charged, call.cost(now)
+            cost = max(call.cost(now), self._breaker(side).half if cause == StoreStalled.__name__ else 0)
+            times, call.charged = cost - call.charged, cost
             opened = times > 0 and self._breaker(side).fail(now, call.kind, times=times)
             if opened:
                 self._counters[f"{side}.opened"] += 1

@@ -5,7 +5,8 @@
 
 Options: `token` or `token_file`; `tls` (true), `tls_ca`, `tls_cert`, `tls_key` (any of these turns TLS on);
 `num_connections` (per server); `connect_timeout_s`, `lookup_timeout_s` (exists, delete, ping), `timeout_s`
-(get, put). Each may be written with `lm_` before it, as in a file whose extra_config serves several stores;
+(get, put); `stall_timeout_s`, `min_bytes_per_s` (of a get, see `pace`). Each may be written with `lm_` before it, as
+in a file whose extra_config serves several stores;
 LMCache's `tls_enable`, `request_timeout` and `connection_timeout` are understood.
 """
 
@@ -26,6 +27,7 @@ from lmcache_ext.stores.lmserver_link import Link, OldLink, connect
 from lmcache_ext.stores.lmserver_pool import Pool
 from lmcache_ext.stores.lmserver_shards import ShardedStore
 from lmcache_ext.stores.lmserver_socket import Address
+from lmcache_ext.stores.pace import MIN_BYTES_PER_S, STALL_TIMEOUT_S, Floor
 
 MAX_REMEMBERED = 65536
 """Keys deleted on a server that cannot delete; beyond it the oldest are forgotten."""
@@ -45,6 +47,8 @@ class Settings:
     connect_timeout_s: float = 1.0
     lookup_timeout_s: float = 0.3
     timeout_s: float = 10.0
+    stall_timeout_s: float = STALL_TIMEOUT_S
+    min_bytes_per_s: int = MIN_BYTES_PER_S
 
     def read_token(self) -> bytes:
         """The token as it is now: a mounted secret may have changed. Raises StoreUnavailable."""
@@ -62,14 +66,16 @@ class LMServerStore(Store):
     Threads:  any number; each operation has a connection of its own.
     Order:    our server acknowledges a put; LMCache's is asked for the key on the same connection.
     Owner:    payloads are sent from and received into the caller's parts.
-    Failure:  StoreTimeout at the operation's deadline, StoreFull where the server has no room (or the object is
-              longer than it takes), else StoreUnavailable. Reconnects by itself at the next operation.
+    Failure:  StoreTimeout at the operation's deadline, StoreStalled in a get long before it, StoreFull where the
+              server has no room (or the object is longer than it takes), else StoreUnavailable. Reconnects by itself at
+              the next operation.
     """
 
     def __init__(self, address: Address, settings: Settings, *, name: str = "lm") -> None:
         self.name = name
         self.address = address
         self._settings = settings
+        self._floor = Floor(settings.stall_timeout_s, settings.min_bytes_per_s)
         self._pool = Pool(self._connect, settings.num_connections, name=str(address))
         self._deleted: dict[bytes, None] = {}
         self._deleted_lock = threading.Lock()
@@ -104,7 +110,7 @@ class LMServerStore(Store):
         if not there:
             return [None] * len(keys)
         try:
-            with self._pool.link(self._settings.timeout_s) as link:
+            with self._pool.link(self._settings.timeout_s, self._floor) as link:
                 wanted, targets = [keys[index] for index in there], [pairs[index][1] for index in there]
                 outcomes.update((there[number], outcome) for number, outcome in link.get_many(wanted, targets))
         except StoreError as error:
@@ -192,12 +198,12 @@ def parse_addresses(url: str) -> list[Address]:
 
 def parse_options(url: str, options: Mapping[str, Any]) -> Settings:
     """The options that are ours; those of other stores are passed over. Raises ConfigError."""
-    known = {name: _option(options, name) for name in (*_TEXTS, *_TIMES, "num_connections", "tls")}
+    known = {name: _option(options, name) for name in (*_TEXTS, *_TIMES, *_COUNTS, "tls")}
     given = {name: value for name, value in known.items() if value is not None}
     chosen: dict[str, Any] = {name: str(given[name]) for name in ("token", "token_file") if name in given}
     if "token" in chosen and "token_file" in chosen:
         raise ConfigError(f"{url}: token and token_file are both set, expected one of them")
-    for name in (*_TIMES, "num_connections"):
+    for name in (*_TIMES, *_COUNTS):
         if name in given:
             chosen[name] = _positive(url, name, given[name])
     chosen["tls"] = _tls(url, given)
@@ -205,7 +211,8 @@ def parse_options(url: str, options: Mapping[str, Any]) -> Settings:
 
 
 _TEXTS = ("token", "token_file", "tls_ca", "tls_cert", "tls_key")
-_TIMES = ("connect_timeout_s", "lookup_timeout_s", "timeout_s")
+_TIMES = ("connect_timeout_s", "lookup_timeout_s", "timeout_s", "stall_timeout_s")
+_COUNTS = ("num_connections", "min_bytes_per_s")
 _OTHER_NAMES = {  # LMCache's, and those that all remote stores share
     "tls": ("tls_enable",),
     "timeout_s": ("request_timeout", "request_timeout_s"),
@@ -237,10 +244,10 @@ def _positive(url: str, name: str, value: object) -> float:
         number = float(str(value))
     except ValueError:
         number = 0.0
-    is_whole = name != "num_connections" or number == int(number)
-    if not 0 < number < 1e6 or not is_whole:
+    is_whole = name not in _COUNTS or number == int(number)
+    if not 0 < number < 1e12 or not is_whole:
         raise ConfigError(f"{url}: {name} is {value!r}, expected a {'' if is_whole else 'whole '}number above 0")
-    return int(number) if name == "num_connections" else number
+    return int(number) if name in _COUNTS else number
 
 
 def _count(value: object) -> int | None:

@@ -191,6 +191,7 @@ class V2Link(Link):
         return reply
 
     def _head(self) -> v2.Reply:
+        self.line.begin_answer()
         decoder = v2.ReplyDecoder()
         decoder.feed(self.line.read(v2.HEAD_BYTES))
         reply = decoder.head()
@@ -292,6 +293,7 @@ def connect(address: Address, tls: ssl.SSLContext | None, token: bytes, timeout_
 
 def _ask(line: Line, request: lm.Request) -> lm.Reply:
     line.send([memoryview(request.encode())])
+    line.begin_answer()
     decoder = lm.ReplyDecoder()
     decoder.feed(line.read(lm.REPLY_BYTES))
     reply = decoder.head()

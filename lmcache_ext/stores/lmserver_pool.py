@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from lmcache_ext.errors import StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.lmserver_link import Answered, Link
+from lmcache_ext.stores.pace import Floor, Pace
 
 
 class Pool:
@@ -30,15 +31,18 @@ class Pool:
         self._closed = False
 
     @contextmanager
-    def link(self, timeout_s: float) -> Iterator[Link]:
-        """A link for one exchange that ends within `timeout_s`, waiting and connecting included."""
+    def link(self, timeout_s: float, floor: Floor | None = None) -> Iterator[Link]:
+        """A link for one exchange that ends within `timeout_s`, waiting and connecting included.
+
+        With `floor` the server's answers must keep coming, too.
+        """
         deadline = time.monotonic() + timeout_s
         if not self._free.acquire(timeout=timeout_s):
             raise StoreTimeout(f"{self._name}: no connection became free within {timeout_s:.3f} s")
         try:
             link = self._take() or self._connect(max(deadline - time.monotonic(), 0.001))
             try:
-                link.line.begin(deadline - time.monotonic())
+                link.line.begin(deadline - time.monotonic(), Pace(floor) if floor else None)
                 yield link
             except Answered as answered:
                 self._give_back(link)

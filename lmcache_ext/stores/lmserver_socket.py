@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from lmcache_ext.errors import StoreTimeout, StoreUnavailable
+from lmcache_ext.errors import StoreStalled, StoreTimeout, StoreUnavailable
+from lmcache_ext.stores.pace import Pace
 from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, send_some
 
 SCRATCH_BYTES = 256 * 1024
@@ -36,6 +37,7 @@ class Line:
         self._address = address
         self._deadline = 0.0
         self._timeout_s = 0.0
+        self._pace: Pace | None = None
 
     @classmethod
     def connect(cls, address: Address, tls: ssl.SSLContext | None, timeout_s: float) -> Line:
@@ -54,10 +56,16 @@ class Line:
                 raise
         return cls(sock, address)
 
-    def begin(self, timeout_s: float) -> None:
-        """From now on, everything until the next `begin` ends within so many seconds."""
+    def begin(self, timeout_s: float, pace: Pace | None = None) -> None:
+        """From now on, everything until the next `begin` ends within so many seconds, and answers come at that pace."""
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self._pace = pace
+
+    def begin_answer(self) -> None:
+        """A reply is due from now on."""
+        if self._pace is not None:
+            self._pace.begin()
 
     def is_quiet(self) -> bool:
         """Whether nothing came while it lay idle: neither stray bytes nor the end of the stream."""
@@ -88,7 +96,7 @@ class Line:
         left = cut(parts, 0, num_bytes)
         with _errors(self._address, "read", self._timeout_s):
             while left:
-                came = self._receive(left)
+                came = self._receive_in_time(left)
                 if came == 0:
                     num_left = sum(view.nbytes for view in left)
                     raise ConnectionResetError(errno.ECONNRESET, f"closed with {num_left} bytes still to come")
@@ -113,12 +121,26 @@ class Line:
         self._sock.settimeout(None)
         return send_some(self._sock, left, self._left_s())
 
-    def _receive(self, left: Sequence[memoryview]) -> int:
+    def _receive_in_time(self, left: Sequence[memoryview]) -> int:
+        """Some of what is left; 0 is the end. Raises StoreStalled, StoreTimeout, OSError."""
+        if self._pace is None:
+            return self._receive(left, self._left_s())
+        try:
+            came = self._receive(left, min(self._left_s(), self._pace.wait_s()))
+            if 0 < came < sum(view.nbytes for view in left):
+                self._pace.came(came)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            if time.monotonic() >= self._deadline:
+                raise
+            raise StoreStalled(f"{self._address}: {self._pace.stalled()}") from None
+        return came
+
+    def _receive(self, left: Sequence[memoryview], wait_s: float) -> int:
         if isinstance(self._sock, ssl.SSLSocket):
-            self._sock.settimeout(self._left_s())
+            self._sock.settimeout(wait_s)
             return self._sock.recv_into(left[0])
         self._sock.settimeout(None)
-        return receive_all(self._sock, left, self._left_s())
+        return receive_all(self._sock, left, wait_s)
 
     def _left_s(self) -> float:
         left_s = self._deadline - time.monotonic()

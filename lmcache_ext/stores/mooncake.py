@@ -15,11 +15,12 @@ from contextlib import contextmanager
 
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
-from lmcache_ext.errors import StoreError, StoreFull, StoreTimeout, StoreUnavailable
+from lmcache_ext.errors import StoreError, StoreFull, StoreStalled, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.mooncake_options import MooncakeOptions
 
 OBJECT_NOT_FOUND = -704
 _NOT_READY = -703  # being put by somebody: not there yet
+_TRANSFER_FAILED = -800
 _FULL = {-200: "no segment has room", -1700: "the tenant's quota is used up"}
 _TIMEOUT = {-901: "the master did not answer in time"}
 _UNAVAILABLE = {
@@ -27,7 +28,7 @@ _UNAVAILABLE = {
     -101: "no segment",
     -600: "the client refused the parameters",
     -707: "the lease expired during the transfer",
-    -800: "the transfer failed: is the engine that holds the segment alive?",
+    _TRANSFER_FAILED: "the transfer failed: is the engine that holds the segment alive?",
     -900: "the master does not answer",
 }
 _PROBE_S = 10.0
@@ -51,6 +52,7 @@ class Client:
         _probe(options, own_address)
         self._native = MooncakeDistributedStore()
         self._certain_s = certain_s
+        self._stall_timeout_s = options.stall_timeout_s
         self._changed = threading.Condition()
         self._num_calls = 0
         self._closed = False
@@ -99,10 +101,15 @@ class Client:
         started_at = time.monotonic()
         with self._calling("get"):
             codes = self._native.batch_get_into_multi_buffers(list(names), list(addresses), list(sizes))
-        if min(codes) < 0 and time.monotonic() - started_at > self._certain_s:
+        took_s = time.monotonic() - started_at
+        if min(codes) < 0 and took_s > self._certain_s:
             self.may_still_write = True
-        missing = (OBJECT_NOT_FOUND, _NOT_READY)
-        return [None if code in missing else code if code >= 0 else _error(code, "get") for code in codes]
+        if _TRANSFER_FAILED in codes and took_s > self._stall_timeout_s:  # the client does not tell this apart
+            stalled = StoreStalled(
+                f"mooncake: get: the engine that holds the segment stopped sending for {took_s:.1f} s"
+            )
+            return [stalled if code == _TRANSFER_FAILED else _read_outcome(code) for code in codes]
+        return [_read_outcome(code) for code in codes]
 
     def write(
         self, names: Sequence[str], addresses: Sequence[list[int]], sizes: Sequence[list[int]]
@@ -173,6 +180,12 @@ def _probe(options: MooncakeOptions, own_address: str) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().rpartition("\n")[2][-200:]
         raise StoreUnavailable(f"mooncake: could not join: {' '.join(arguments)}: {said}")
+
+
+def _read_outcome(code: int) -> int | StoreError | None:
+    if code in (OBJECT_NOT_FOUND, _NOT_READY):
+        return None
+    return code if code >= 0 else _error(code, "get")
 
 
 def _error(code: int, what: str) -> StoreError:

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 from lmcache_ext.config_stores import MOONCAKE
 from lmcache_ext.config_urls import split_url
 from lmcache_ext.errors import ConfigError, StoreUnavailable
+from lmcache_ext.stores.pace import STALL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,17 @@ class MooncakeOptions:
     client_http_port: int = 9300
     timeout_s: float = 10.0
     lookup_timeout_s: float = 0.3
+    stall_timeout_s: float = STALL_TIMEOUT_S
 
     def environment(self) -> dict[str, str]:
         """What the client takes from the environment alone; its own timeouts are 30 s, its own log is long."""
         timeout_s = str(max(1, math.ceil(self.timeout_s)))
+        stall_s = str(max(1, math.ceil(self.stall_timeout_s)))  # it counts in whole seconds
         timeout_ms = str(max(1, math.ceil(self.timeout_s * 1000)))
         return {
             "MC_RPC_TIMEOUT_MS": timeout_ms,
             "MC_RPC_CONNECT_TIMEOUT_MS": timeout_ms,
-            "MC_TCP_PROGRESS_TIMEOUT_SEC": timeout_s,
+            "MC_TCP_PROGRESS_TIMEOUT_SEC": stall_s,
             "MC_TCP_STATUS_TIMEOUT_SEC": timeout_s,
             "MC_HANDSHAKE_CONNECT_TIMEOUT": timeout_s,
             "MC_STORE_CLIENT_SETUP_RETRIES": "1",

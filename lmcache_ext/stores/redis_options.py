@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.stores.pace import MIN_BYTES_PER_S, STALL_TIMEOUT_S
 from lmcache_ext.stores.resp_parts import PART_BYTES
 
 STANDALONE, SENTINEL, CLUSTER = "standalone", "sentinel", "cluster"
@@ -76,6 +77,10 @@ class RespOptions:
     """Of one call of the store, all in all."""
     lookup_timeout_s: float | None = None
     """Of `exists`, which a request waits for; None: `request_timeout_s`."""
+    stall_timeout_s: float = STALL_TIMEOUT_S
+    """Of a get, in which the server must go on sending..."""
+    min_bytes_per_s: int = MIN_BYTES_PER_S
+    """...as fast as this."""
     connect_timeout_s: float = 1.0
     sentinel_service: str = "redismaster"
     sentinel_username: str | None = None
@@ -137,6 +142,8 @@ _FIELDS: dict[str, Callable[[object], Any]] = {
     "num_connections": _whole(1, MAX_CONNECTIONS),
     "request_timeout_s": _seconds,
     "lookup_timeout_s": _seconds,
+    "stall_timeout_s": _seconds,
+    "min_bytes_per_s": _whole(1, 2**40),
     "connect_timeout_s": _seconds,
     "sentinel_service": _text,
     "sentinel_username": _text,

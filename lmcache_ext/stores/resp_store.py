@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
 from lmcache_ext.stores.base import Store, Usage
+from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.redis_options import RespOptions
 from lmcache_ext.stores.resp import ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, WHOLE_PARTS, new_manifest, parse_manifest, redis_key
 from lmcache_ext.stores.resp_pool import Pool
 from lmcache_ext.stores.resp_topology import Moved, Topology, error_of
 from lmcache_ext.stores.resp_transfer import NOT_THERE, Command, Reader, Reading, Writing, head_of, manifest_in, write
-from lmcache_ext.stores.resp_wire import Deadline, Wire
+from lmcache_ext.stores.resp_wire import Deadline, PacedDeadline, Wire
 from lmcache_ext.stores.sockets import bytes_of, cut
 
 T = TypeVar("T")
@@ -39,8 +40,8 @@ class RespStore(Store):
     Order:    a returned `put` is seen by everybody at once (asynchronous replicas, after a failover, excepted).
     Owner:    the keys `kv:*` and `{kv:*`; of those the ones it is asked for.
     Failure:  each call is over within `request_timeout_s`, `exists` within `lookup_timeout_s`. A refusal for want of
-              memory is StoreFull, lost time is StoreTimeout, everything else StoreUnavailable. No message holds a
-              password.
+              memory is StoreFull, lost time is StoreTimeout (of a get StoreStalled, see `pace`), everything else
+              StoreUnavailable. No message holds a password.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RespStore(Store):
         self.name = options.name
         self._timeout_s = options.request_timeout_s
         self._lookup_timeout_s = options.lookup_timeout_s or options.request_timeout_s
+        self._floor = Floor(options.stall_timeout_s, options.min_bytes_per_s)
         self._ttl_ms = None if options.ttl_s is None else max(1, round(options.ttl_s * 1000))
         self._touches = options.ttl_touch and options.ttl_s is not None
         self._part_bytes = options.part_bytes
@@ -71,8 +73,8 @@ class RespStore(Store):
     def get_many_into(
         self, keys: Sequence[bytes], parts_per_key: Sequence[Sequence[memoryview]]
     ) -> list[int | StoreError | None]:
-        """Of each server over one connection, requests sent ahead."""
-        deadline = self._deadline()
+        """Of each server over one connection, requests sent ahead; given up where a server stops sending."""
+        deadline = PacedDeadline(self._timeout_s, self._floor, self._clock)
         pairs = zip(keys, parts_per_key, strict=True)
         readings = [Reading(key, [bytes_of(part) for part in parts]) for key, parts in pairs]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
+from lmcache_ext.stores.pace import Floor, Pace
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
 from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, send_some
 
@@ -47,6 +48,40 @@ class Deadline:
     def within(self, timeout_s: float) -> Deadline:
         """A deadline that is at most `timeout_s` away, and not after this one."""
         return Deadline(min(timeout_s, self.left_s()), self._clock)
+
+    def begin_answer(self) -> None:
+        """A reply is due from now on."""
+
+    def wait_s(self) -> float:
+        """For how long to wait for bytes: `left_s`."""
+        return self.left_s()
+
+    def came(self, num_bytes: int) -> None:
+        """So many bytes of a reply have been received."""
+
+    def missed(self) -> StoreTimeout:
+        """What a wait in vain was."""
+        return StoreTimeout(f"no answer within {self.timeout_s:.3g} s")
+
+
+class PacedDeadline(Deadline):
+    """A deadline before which the other side must keep sending, too."""
+
+    def __init__(self, timeout_s: float, floor: Floor, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(timeout_s, clock)
+        self._pace = Pace(floor, clock)
+
+    def begin_answer(self) -> None:
+        self._pace.begin()
+
+    def wait_s(self) -> float:
+        return min(self.left_s(), self._pace.wait_s())
+
+    def came(self, num_bytes: int) -> None:
+        self._pace.came(num_bytes)
+
+    def missed(self) -> StoreTimeout:
+        return self._pace.stalled() if self._clock() < self._end else super().missed()
 
 
 class Wire:
@@ -104,6 +139,7 @@ class Wire:
 
     def reply(self, deadline: Deadline) -> Reply:
         """The next reply, whole."""
+        deadline.begin_answer()
         try:
             while isinstance(reply := self._decoder.reply(), Incomplete):
                 self._feed(deadline)
@@ -133,6 +169,7 @@ class Wire:
 
     def length(self, deadline: Deadline) -> int | ErrorReply | None:
         """The length of the payload that comes next, to be read by `payload`; None or an error where none comes."""
+        deadline.begin_answer()
         try:
             while isinstance(length := self._decoder.bulk_length(), Incomplete):
                 self._feed(deadline)
@@ -180,12 +217,16 @@ class Wire:
         if left:
             self._prepare(deadline)
         while left:
-            left = after(left, _received(self._receive_all(left, deadline)))
+            size = _received(self._receive_all(left, deadline))
+            left = after(left, size)
+            if left:
+                deadline.came(size)
 
     def _feed(self, deadline: Deadline) -> None:
         self._prepare(deadline)
         size = _received(self._receive_some(self._scratch, deadline))
         self._decoder.feed(self._scratch[:size])
+        deadline.came(size)
 
     def _prepare(self, deadline: Deadline) -> None:
         if not self._blocks:
@@ -196,37 +237,36 @@ class Wire:
         return send_some(self._socket, views, deadline.left_s())
 
     def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        return receive_some(self._socket, view, deadline.left_s())
+        return receive_some(self._socket, view, deadline.wait_s())
 
     def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        return receive_all(self._socket, views, deadline.left_s())
+        return receive_all(self._socket, views, deadline.wait_s())
 
     def _failure(self, error: OSError | StoreError, deadline: Deadline) -> StoreError:
         """Any failure as a StoreError that names the server; the connection is in doubt from now on."""
         self._in_doubt = True
-        is_late = isinstance(error, TimeoutError | ssl.SSLWantReadError | ssl.SSLWantWriteError | StoreTimeout)
+        is_late = isinstance(error, TimeoutError | ssl.SSLWantReadError | ssl.SSLWantWriteError)
         if is_late or (isinstance(error, OSError) and error.errno in AGAIN):
-            return self._timeout(deadline)
+            error = deadline.missed()
+        if isinstance(error, StoreTimeout):
+            return type(error)(f"{self.label}: {error}")
         if isinstance(error, OSError):
             return StoreUnavailable(f"{self.label}: connection lost: {error}")
         return StoreUnavailable(f"{self.label}: {error}")
-
-    def _timeout(self, deadline: Deadline) -> StoreTimeout:
-        return StoreTimeout(f"{self.label}: no answer within {deadline.timeout_s:.3g} s")
 
 
 class TlsWire(Wire):
     """The same over TLS, which knows neither vectors nor MSG_WAITALL."""
 
     def _prepare(self, deadline: Deadline) -> None:
-        self._socket.settimeout(deadline.left_s())
+        """Each call sets its own time."""
 
     def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        self._prepare(deadline)
+        self._socket.settimeout(deadline.left_s())
         return self._socket.send(views[0])
 
     def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        self._prepare(deadline)
+        self._socket.settimeout(deadline.wait_s())
         return self._socket.recv_into(view)
 
     def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:

@@ -1,7 +1,8 @@
 """A real engine before a remote backend that fails: requests answer, right and in time.
 
-Before the breaker has opened a request waits for one lookup deadline at most (300 ms by default), or for one fetch
-deadline where the backend fails in the middle of a fetch; afterwards it costs what it would cost without the tier.
+Before the breaker has opened a request waits for one lookup deadline at most (300 ms by default), or half a second
+where the backend stops in the middle of a fetch, however long one may take; afterwards it costs what it would cost
+without the tier.
 The whole matrix of faults, backends and moments is in `tests/unit/test_fault_matrix.py`, without an engine.
 """
 
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.e2e
 SEEDS = itertools.count(1000)
 TOKENS = 8 * CHUNK + 100
 REUSED = 8 * CHUNK
-LOOKUP_S, FETCH_S = 0.3, 2.0  # the default, and what the file below says
+LOOKUP_S, STALL_S = 0.3, 0.5  # the defaults
 SLACK_S = 0.7  # a busy machine
 PAIRS = 7
 NO_FAR_TIERS = {"kv_load_tiers": []}
-CONFIG = 'chunk_size: 256\nlocal_cpu: false\nblocking_timeout_secs: 2\nremote_url: "{url}"\n'
+CONFIG = 'chunk_size: 256\nlocal_cpu: false\nremote_url: "{url}"\n'
 
 
 @dataclass
@@ -119,7 +120,7 @@ def test_a_request_waits_one_lookup_deadline_and_then_none(deployment: Deploymen
     deployment.store(next(SEEDS))
 
 
-@pytest.mark.parametrize("kind", ["hang", "flip"])
+@pytest.mark.parametrize("kind", ["stall", "flip"])
 def test_a_fetch_that_fails_is_computed_and_right(deployment: Deployment, kind: str) -> None:
     seed = next(SEEDS)
     cold = deployment.store(seed)
@@ -129,7 +130,7 @@ def test_a_fetch_that_fails_is_computed_and_right(deployment: Deployment, kind: 
     deployment.backend.behave(Fault(kind, beyond=SMALL, way="down"))  # type: ignore[arg-type]
     started_at = time.monotonic()
     answer = ask(deployment.server, prompt(seed, TOKENS))
-    assert time.monotonic() - started_at < alone_s + LOOKUP_S + FETCH_S + SLACK_S
+    assert time.monotonic() - started_at < alone_s + LOOKUP_S + STALL_S + SLACK_S
     assert cached_tokens(answer) == 0
     assert logprobs(answer) == logprobs(cold)
     assert deployment.num_troubles() > before

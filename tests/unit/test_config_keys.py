@@ -294,6 +294,8 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
         "valkey_num_workers": 4,
         "request_timeout": 2,
         "connection_timeout": 1,
+        "remote_stall_timeout_ms": 400,
+        "remote_min_bytes_per_s": 1000000,
         "ping_interval": 3,
         "get_blocking_failed_threshold": 5,
         "waiting_time_for_recovery": 9,
@@ -308,6 +310,7 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
     assert (remote.username, remote.database, remote.mode, remote.tls) == ("u", 3, "cluster", True)
     assert (remote.ttl_enabled, remote.ttl_s, remote.num_connections) == (True, 60.0, 4)
     assert (remote.request_timeout_s, remote.connect_timeout_s) == (2.0, 1.0)
+    assert (remote.stall_timeout_ms, remote.min_bytes_per_s) == (400, 1000000)
     assert tuple(config.live.health.model_dump().values()) == (3.0, 5, 9.0)
     assert config.disk_io_threads == 2
     assert (config.cachegen_key_bins, config.cachegen_value_bins) == ((64.0, 48.0), (12.0,))

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from lmcache_ext import frame
 from lmcache_ext.offload import metrics
 from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.guard import READ, WRITE
+from lmcache_ext.stores.pace import STALL_TIMEOUT_S
 from tests import servers
 from tests.far_tier import (
     FAILURES,
     LOOKUP_S,
     NAMESPACE,
+    NUM_ROWS,
     SLACK_S,
     SMALL,
     STARTERS,
@@ -177,6 +180,78 @@ def test_a_backend_that_dies_in_the_middle_of_a_fetch(bench: Bench) -> None:
     bench.backend.behave()
     until(lambda: works(bench), "works again by itself", 15)
     assert bench.load_chunk(key)
+
+
+# Long deadlines, as people have them, and a short one for a backend that stops sending.
+STALL_S = 0.15
+STALLING = {"request_timeout_s": 10.0, "stall_timeout_s": STALL_S}
+
+
+@pytest.mark.parametrize("kind", ["stall", "hang", "trickle"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_fetch_that_stops_in_the_middle_costs_a_moment_and_not_its_deadline(
+    backends: dict[str, Backend], name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vllm.lmcache_ext")
+    with bench_on(backends[name], **STALLING) as bench:
+        key = new_key()
+        assert bench.store_chunk(key).success
+        bench.backend.behave(Fault(kind, beyond=SMALL, way="down"))  # type: ignore[arg-type]
+        for _ in range(2):
+            assert bench.look(key) is LookupResult.HIT
+            assert not bench.guarded.is_open(READ)
+            started_at = time.monotonic()
+            assert not bench.load_chunk(key)
+            assert time.monotonic() - started_at < STALL_S + SLACK_S
+        assert bench.guarded.is_open(READ), "two are enough"
+        assert_costs_nothing(bench, key)
+        assert bench.counted(metrics.STORE_FAILURES)["read.StoreStalled"] == 2
+        bench.backend.behave()
+        until(lambda: not bench.guarded.is_open(READ) and works(bench), "works again by itself", 15)
+        assert bench.load_chunk(key)
+        assert told(caplog) == ["off", "on"]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_long_prompt_waits_once_for_a_fetch_that_stops_in_the_middle(backends: dict[str, Backend], name: str) -> None:
+    """Not once for each of its tasks: the breaker ends those that wait for a thread."""
+    with bench_on(backends[name], **STALLING) as bench:
+        keys = [new_key() for _ in range(NUM_ROWS)]
+        for key in keys:
+            assert bench.store_chunk(key).success
+        bench.backend.behave(Fault("stall", beyond=SMALL, way="down"))
+        rows, context = np.arange(NUM_ROWS, dtype=np.int32), ReqContext("long", None)
+        started_at = time.monotonic()
+        bench.tier.submit_load(TransferJob(0, keys, rows, is_promotion=True, req_context=context))
+        assert bench.pool.drain(10)
+        assert time.monotonic() - started_at < 2 * STALL_S + SLACK_S
+        (result,) = bench.tier.get_finished_jobs()
+        assert not result.success
+        assert result.successful_keys == []
+
+
+GBIT_PER_S = 125e6
+BIG_BYTES = 32 * 1024**2
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", STARTERS)
+def test_a_long_fetch_that_goes_on_is_not_given_up(backends: dict[str, Backend], name: str) -> None:
+    """Two threads with two rows of 32 MiB each over 1 Gbit/s take longer than twice what a stall may."""
+    with bench_on(backends[name], request_timeout_s=10.0) as bench:
+        names = [[NAMESPACE + bytes(new_key()) for _ in range(2)] for _ in range(2)]
+        value = memoryview(np.random.default_rng(1).bytes(BIG_BYTES))
+        assert bench.store.put_many([key for pair in names for key in pair], [[value]] * 4) == [None] * 4
+        bench.backend.behave(Fault("slow", bytes_per_s=GBIT_PER_S))
+        rows = [[[memoryview(bytearray(BIG_BYTES))] for _ in pair] for pair in names]
+        started_at = time.monotonic()
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(bench.store.get_many_into, names, rows))
+        took_s = time.monotonic() - started_at
+        bench.store.delete([key for pair in names for key in pair])
+    assert found == [[BIG_BYTES] * 2] * 2
+    assert all(row == value for pair in rows for (row,) in pair)
+    assert took_s > 2 * STALL_TIMEOUT_S
 
 
 # --- values ------------------------------------------------------------------------------------

@@ -82,7 +82,9 @@ def test_the_url_names_the_device_too(tmp_path):
 def test_the_clients_own_timeouts_follow_ours():
     environment = MooncakeOptions("h:1", timeout_s=1.5).environment()
     assert environment["MC_RPC_TIMEOUT_MS"] == "1500"
-    assert environment["MC_TCP_PROGRESS_TIMEOUT_SEC"] == "2"
+    assert environment["MC_TCP_STATUS_TIMEOUT_SEC"] == "2"
+    assert environment["MC_TCP_PROGRESS_TIMEOUT_SEC"] == "1"
+    assert MooncakeOptions("h:1", stall_timeout_s=1.5).environment()["MC_TCP_PROGRESS_TIMEOUT_SEC"] == "2"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lmcache_ext.errors import StoreError, StoreTimeout
 from lmcache_ext.offload.far import guarded, num_threads
 from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.disk import DiskStore
+from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.registry import open_store
 
 
@@ -61,6 +62,17 @@ def test_lookup_ends_within_its_own_timeout(tmp_path, url, text, timeout_s):
             store.exists([bytes(17)])
         assert timeout_s * 0.5 < time.monotonic() - started_at < timeout_s + 0.15
         store.close()
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:{}", "valkey-cluster://127.0.0.1:{}", "lm://127.0.0.1:{}"])
+def test_fetch_that_stops_ends_within_its_own_timeout(tmp_path, url):
+    text = "extra_config: {remote_stall_timeout_ms: 80, remote_min_bytes_per_s: 1000}\n"
+    config = config_of(tmp_path, f'remote_url: "{url.format(1)}"\n{text}')
+    store = open_store(config.live.remote_url, options=store_options(config.live.remote_url, config))
+    assert store._floor == Floor(0.08, 1000)
+    store.close()
+    assert store_options("mooncakestore://h:1/", config)["stall_timeout_s"] == 0.08
+    assert "stall_timeout_s" not in store_options("mock://1/", config)
 
 
 def test_fetch_from_a_cache_server_ends_within_the_blocking_timeout(tmp_path):

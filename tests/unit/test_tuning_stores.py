@@ -136,6 +136,11 @@ class TestDeadlines:
 
 
 class TestRemote:
+    def test_takes_a_new_limit_for_a_fetch_that_stops(self, tuned):
+        for stall_ms in (500, 70):
+            tuned.tune(f"remote_url: lm://127.0.0.1:1\nextra_config: {{remote_stall_timeout_ms: {stall_ms}}}\n")
+            assert manager(tuned).secondary_tiers[1].store._store._floor.timeout_s == stall_ms / 1000
+
     def test_is_added_where_there_was_none(self, tuned):
         tuned.tune(tuned.remote("a"))
         tuned.compute("first", BLOCKS)
