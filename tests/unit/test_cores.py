@@ -1,6 +1,7 @@
 """Where our threads run, seen from a thread pinned as vLLM pins its CPU worker."""
 
 import os
+import subprocess
 import threading
 
 import pytest
@@ -33,6 +34,15 @@ def allowed():
 def test_spare_are_those_that_do_not_compute(allowed):
     compute = {min(allowed)}
     assert in_a_thread_pinned_to(compute, spare_cores) == allowed - compute
+
+
+def test_spare_are_those_that_no_worker_below_computes_on(allowed):
+    compute = {min(allowed)}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as worker:
+        os.sched_setaffinity(worker.pid, compute)
+        assert spare_cores() == allowed - compute
+        worker.communicate()
+    assert spare_cores() == allowed
 
 
 def test_where_all_compute_all_are_shared(allowed):
