@@ -277,6 +277,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             self._hooks.run("reload", self._between_steps, None)
         meta = meta or self._lost_meta()
         meta.idle = self._was_idle = scheduler_output.total_num_scheduled_tokens == 0
+        self.scheduler.manager.set_busy(not meta.idle)
         if meta.idle or meta.load_jobs or meta.store_jobs:
             self._pace.mark()
         meta.failed_loads, self._failed_loads = self._failed_loads, set()

@@ -22,6 +22,7 @@ from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
+from lmcache_ext.stores.jobs import JobPool
 from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.far")
@@ -52,11 +53,14 @@ class FarTiers:
         num_rows: int,
         flush_timeout_s: float,
         make_tier: Callable[[Guarded, Serde, TierLimits], StoredTier],
+        pool: JobPool,
     ) -> None:
         self._rows = rows
         self._serde_of = serde_of
         self._flush_timeout_s = flush_timeout_s
         self._make_tier = make_tier
+        self.pool = pool
+        """Where the work of all tiers runs."""
         limits = self._limits(config, num_rows)
         self._disk_store: DiskStore | None = None
         self._disk: StoredTier | None = None

@@ -71,6 +71,11 @@ class BoundedTieringManager(TieringOffloadingManager):
         self.host.set_limit(num_rows)
         self._max_promotions = _max_promotions(self.host)
 
+    def set_busy(self, busy: bool) -> None:
+        """Whether the engine computes in this step: what is written behind it waits a little, if so."""
+        if self.far is not None:
+            self.far.pool.set_busy(busy)
+
     def change_far(self, before: Config, after: Config, opened: Opened | None) -> None:
         """Bring the far tiers of `after` into effect, between two steps."""
         if self.far is None:

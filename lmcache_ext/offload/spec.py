@@ -25,12 +25,14 @@ from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.offload.serdes import open_serde
 from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
-from lmcache_ext.offload.tier import StoredTier, TierLimits
+from lmcache_ext.offload.tier import CHUNKS_PER_TASK, StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.guard import Guarded
-from lmcache_ext.stores.jobs import JobPool
+from lmcache_ext.stores.jobs import NO_PATIENCE, JobPool, Patience
 
 _MAX_QUEUED_TASKS = 4096
+_WRITE_PATIENCE_S = 1.0  # what a killed engine may lose of what it would have written, and others find so much later
+_HELD_FRACTION = 0.125  # of all rows may be pinned by writes that wait for an idle engine
 
 
 class LMCacheOffloadingSpec(TieringOffloadingSpec):
@@ -93,14 +95,23 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             worker_bytes=self.cpu_page_size_per_worker,
         )
 
+    def _make_pool(self, config: Config) -> JobPool:
+        """On CPUs the model computes next to us, so writes wait for it; a GPU does not mind them."""
+        max_held = int(self.num_chunks * _HELD_FRACTION) // CHUNKS_PER_TASK
+        return JobPool(
+            num_threads(config),
+            max_queued=_MAX_QUEUED_TASKS,
+            name="lmcache_ext-store",
+            bulk_cpus=spare_cores(),
+            patience=Patience(_WRITE_PATIENCE_S, max_held) if current_platform.is_cpu() else NO_PATIENCE,
+        )
+
     def _open_far(self, rows: memoryview) -> FarTiers | None:
         namespace = self.extra_config.get(NAMESPACE)
         if namespace is None:
             return None
         config = load_config(connector_extra=self.extra_config)
-        pool = JobPool(
-            num_threads(config), max_queued=_MAX_QUEUED_TASKS, name="lmcache_ext-store", cpu_affinity=spare_cores()
-        )
+        pool = self._make_pool(config)
 
         def make_tier(store: Guarded, serde: Serde, limits: TierLimits) -> StoredTier:
             shared: dict[str, Any] = {"namespace": bytes.fromhex(namespace), "pool": pool}
@@ -113,6 +124,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             num_rows=self.num_chunks,
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             make_tier=make_tier,
+            pool=pool,
         )
 
     def _serde_opener(self, config: Config) -> Callable[[str, str], Serde]:

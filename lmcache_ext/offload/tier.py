@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lmcache_ext.offload.tier")
 
-_CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
+CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
 _GAUGE_INTERVAL_S = 10.0
 
 
@@ -366,8 +366,8 @@ class StoredTier(SecondaryTierManager):
         keys = [key for key, _ in chunks]
         rows = [memoryview(self._rows[row]) for _, row in chunks]
         adapter = adapter_of(job_metadata.req_context)
-        for begin in range(0, max(1, len(keys)), _CHUNKS_PER_TASK):
-            part = slice(begin, begin + _CHUNKS_PER_TASK)
+        for begin in range(0, max(1, len(keys)), CHUNKS_PER_TASK):
+            part = slice(begin, begin + CHUNKS_PER_TASK)
             if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
                 self._refuse(job, len(keys[part]), urgent)
 
@@ -426,4 +426,4 @@ def _in_order(job_metadata: TransferJob) -> list[tuple[OffloadKey, int]]:
 
 
 def _num_tasks(num_keys: int) -> int:
-    return max(1, -(-num_keys // _CHUNKS_PER_TASK))
+    return max(1, -(-num_keys // CHUNKS_PER_TASK))

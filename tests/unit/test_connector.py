@@ -21,6 +21,7 @@ from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.rows import rows_path
 from lmcache_ext.ops import lossless
 from lmcache_ext.plugin import LOAD_FAILURE_POLICY
+from lmcache_ext.stores.jobs import Patience
 from tests.unit.connector_engine import HASH_FN, PROMPT, Engine, make_vllm_config, output_of
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
@@ -357,6 +358,25 @@ class TestPatience:
         warm.scheduler.build_connector_meta(SchedulerOutput.make_empty())
         monkeypatch.setattr(connector_module, "_FAR_WAIT_S", 0.01)
         assert ask() == 2, "and nobody waits for ever"
+
+
+class TestWriteBehind:
+    def test_waits_for_a_step_that_computes_nothing(self, engine, tmp_path):
+        pool = engine.scheduler.scheduler.manager.far.pool
+        pool._patience = Patience(3600.0, max_jobs=8)
+        first, after = engine.request("first"), engine.request("after", PROMPT[:20])
+        for request in (first, after):
+            assert engine.begin_load(request, []) == 0
+        engine.step((first, [1, 2, 3, 4, 5, 6, 7]))
+        engine.step((after, [8, 9]))
+        written = threading.Event()
+        pool.submit(written.set)  # behind the chunks
+        assert not written.wait(0.1)
+        assert not list(tmp_path.rglob("*.kv"))
+        engine.step()
+        assert written.wait(10.0)
+        assert pool.drain(10.0)
+        assert len(list(tmp_path.rglob("*.kv"))) == 3
 
 
 class TestWorkerMetadata:

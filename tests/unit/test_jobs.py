@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from lmcache_ext.stores.jobs import JobPool
+from lmcache_ext.stores.jobs import JobPool, Patience
 
 WAIT_S = 10.0
 
@@ -150,17 +151,77 @@ def test_a_finished_job_holds_its_arguments_no_longer(pool: JobPool) -> None:
     assert gone() is None
 
 
-def test_threads_are_daemons_bound_to_their_cpus() -> None:
-    cpu = min(os.sched_getaffinity(0))
-    pool = JobPool(1, max_queued=1, cpu_affinity={cpu})
+def test_bulk_work_is_bound_to_its_cpus_and_urgent_work_is_not() -> None:
+    anywhere = os.sched_getaffinity(0)
+    cpu = min(anywhere)
+    pool = JobPool(1, max_queued=2, bulk_cpus={cpu})
     seen: list[object] = []
-    pool.submit(lambda: seen.extend((os.sched_getaffinity(0), threading.current_thread().daemon)))
+    for urgent in (False, True, False):
+        pool.submit(lambda: seen.append(os.sched_getaffinity(0)), urgent=urgent)
+        assert pool.drain(WAIT_S)
+    pool.submit(lambda: seen.append(threading.current_thread().daemon))
     assert pool.close(WAIT_S)
-    assert seen == [{cpu}, True]
+    assert seen == [{cpu}, anywhere, {cpu}, True]
+
+
+class TestPatience:
+    @pytest.fixture
+    def patient(self) -> Iterator[JobPool]:
+        """Holds back two jobs for as long as the engine is busy."""
+        pool = JobPool(2, max_queued=8, patience=Patience(3600.0, max_jobs=2))
+        pool.set_busy(True)
+        yield pool
+        pool.close(WAIT_S)
+
+    def run_urgent(self, pool: JobPool) -> None:
+        """What was submitted before had its chance to run once this returns."""
+        ran = threading.Event()
+        assert pool.submit(ran.set, urgent=True)
+        assert ran.wait(WAIT_S)
+
+    def test_holds_bulk_work_back_until_the_engine_is_idle(self, patient: JobPool) -> None:
+        written = threading.Event()
+        patient.submit(written.set)
+        self.run_urgent(patient)
+        assert patient.num_queued() == 1
+        patient.set_busy(False)
+        assert written.wait(WAIT_S)
+
+    def test_ends_after_its_time(self) -> None:
+        pool = JobPool(2, max_queued=8, patience=Patience(0.05, max_jobs=2))
+        pool.set_busy(True)
+        written = threading.Event()
+        started_at = time.monotonic()
+        pool.submit(written.set)
+        assert written.wait(WAIT_S)
+        assert time.monotonic() - started_at >= 0.05
+        assert pool.close(WAIT_S)
+
+    def test_is_not_for_more_than_so_many_jobs(self, patient: JobPool) -> None:
+        written: list[int] = []
+        for index in range(2):
+            patient.submit(written.append, index)
+        self.run_urgent(patient)
+        assert written == []
+        more = threading.Event()
+        patient.submit(written.append, 2)
+        patient.submit(more.set)
+        deadline = time.monotonic() + WAIT_S
+        while len(written) < 2 and time.monotonic() < deadline:
+            self.run_urgent(patient)
+        assert written == [0, 1]
+        assert not more.is_set()
+
+    @pytest.mark.parametrize("end", ["drain", "close"])
+    def test_ends_with_a_flush(self, patient: JobPool, end: str) -> None:
+        written: list[int] = []
+        patient.submit(written.append, 1)
+        assert getattr(patient, end)(WAIT_S)
+        assert written == [1]
 
 
 def test_cpus_that_are_not_there_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    pool = JobPool(1, max_queued=1, cpu_affinity={4000})
+    pool = JobPool(1, max_queued=1, bulk_cpus={4000})
     done = threading.Event()
     pool.submit(done.set)
     assert pool.close(WAIT_S)

@@ -186,6 +186,7 @@ def test_running_engine_does_not_change_its_loss(tmp_path, before, after):
         num_rows=1,
         flush_timeout_s=1.0,
         make_tier=None,
+        pool=None,
     )
     with pytest.raises(ConfigError, match=rf"remote_serde: {after}: a remote store with another loss.*needs a restart"):
         far.prepare(*changed)
