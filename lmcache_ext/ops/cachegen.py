@@ -26,7 +26,7 @@ Bins = npt.NDArray[np.float32]
 STREAM_SYMBOLS = 1 << 15  # kStreamSymbols in csrc/cachegen.h
 
 _SLACK_BYTES = 256  # that the encoder wants free while it works
-_REFUSALS: dict[int, tuple[type[FrameError], str]] = {
+REFUSALS: dict[int, tuple[type[FrameError], str]] = {  # Refusal in csrc/cachegen.h
     -1: (TruncatedFrame, "payload of {found} bytes ends within its header or directory"),
     -2: (UnsupportedVersion, "payload of another version of cachegen"),
     -3: (BadPayload, "payload of {found} bytes is of another layout"),
@@ -83,7 +83,7 @@ def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> 
     arguments = (layout.struct, source.ctypes.data, source.size, target.ctypes.data, isa)
     result = int(_loaded().kvx_cachegen_decode(*arguments))
     if result < 0:
-        kind, text = _REFUSALS[result]
+        kind, text = REFUSALS[result]
         raise kind(text.format(found=source.size))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmcache_ext.errors import BadPayload, FrameError, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import cachegen, cachegen_numpy, fixed_numpy
-from lmcache_ext.ops.layout import DTYPES, Layout, token_rows
+from lmcache_ext.ops.layout import DTYPES, ELEMENT_BYTES, Layout, token_rows
 from tests.unit.test_fixed import layouts, plain_layout, planes, random_row
 
 if not cachegen.available():
@@ -46,9 +46,10 @@ def smooth_row(layout: Layout, seed: int = 0) -> bytes:
 
 def many_heads(heads: int, tokens: int, dim: int = 64, dtype="bfloat16") -> Layout:
     """One layer as GPUs lay it out: keys of all tokens and heads, then values."""
-    cells = (2 * np.arange(heads, dtype=np.int64) * dim).reshape(1, heads, 1)
+    size = ELEMENT_BYTES[dtype]
+    cells = (size * np.arange(heads, dtype=np.int64) * dim).reshape(1, heads, 1)
     token = token_rows(tokens, dim, token_elements=heads * dim, first=0)
-    return Layout(4 * tokens * heads * dim, dtype, cells, token, token + np.int32(tokens * heads * dim))
+    return Layout(2 * size * tokens * heads * dim, dtype, cells, token, token + np.int32(tokens * heads * dim))
 
 
 def spiky_row(layout: Layout, seed: int = 0) -> bytes:

@@ -19,15 +19,15 @@ if not fixed.available():
 
 
 @st.composite
-def layouts(draw) -> Layout:
-    """Cells in any order with gaps between them, elements of a cell in any order."""
+def layouts(draw, *, aligned=False) -> Layout:
+    """Cells in any order with gaps between them, elements of a cell in any order; addresses are odd unless aligned."""
     dtype = draw(st.sampled_from(DTYPES))
     tokens, k_dim, v_dim = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
     shape = draw(st.tuples(*[st.integers(1, 2)] * 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     room = tokens * (k_dim + v_dim) + draw(st.integers(0, 3))
     places = rng.permutation(room)[: tokens * (k_dim + v_dim)].astype(np.int32)
-    cell_bytes = room * ELEMENT_BYTES[dtype] + draw(st.integers(0, 3))
+    cell_bytes = room * ELEMENT_BYTES[dtype] + (0 if aligned else draw(st.integers(0, 3)))
     cells = rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.int64) * cell_bytes
     k_index, v_index = places[: tokens * k_dim].reshape(tokens, k_dim), places[tokens * k_dim :].reshape(tokens, v_dim)
     return Layout(int(np.prod(shape)) * cell_bytes + draw(st.integers(0, 5)), dtype, cells, k_index, v_index)

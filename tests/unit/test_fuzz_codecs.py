@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.device import compiler
+
 NATIVE = Path(__file__).resolve().parents[1] / "native"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ROUNDS = "400"  # about a second; give the program more to fuzz for longer
-
-
-def compiler() -> list[str]:
-    chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
-    if not shutil.which(chosen[0]):
-        pytest.skip("no C++ compiler")
-    return chosen
 
 
 @pytest.mark.parametrize("codec", ["lossless", "fixed", "cachegen"])

@@ -46,6 +46,19 @@ KVX_DEVICE void store(uint8_t* to, T value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
+// The same where the address is a multiple of the size: a GPU takes what is not byte by byte.
+template <typename T>
+KVX_DEVICE T load_aligned(const uint8_t* from) {
+  T value;
+  std::memcpy(&value, __builtin_assume_aligned(from, sizeof(T)), sizeof(T));
+  return value;
+}
+
+template <typename T>
+KVX_DEVICE void store_aligned(uint8_t* to, T value) {
+  std::memcpy(__builtin_assume_aligned(to, sizeof(T)), &value, sizeof(T));
+}
+
 KVX_DEVICE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -91,6 +104,22 @@ inline int64_t num_cells(const kvx_layout& layout) {
   return static_cast<int64_t>(layout.layers) * layout.heads * layout.blocks;
 }
 
+// One element, as float32.
+KVX_DEVICE float load_element(const kvx_layout& layout, const uint8_t* cell, int64_t index) {
+  if (layout.dtype == kFloat32) return tame(load_aligned<float>(cell + 4 * index));
+  const auto half = load_aligned<uint16_t>(cell + 2 * index);
+  return tame(layout.dtype == kFloat16 ? from_float16(half) : from_bfloat16(half));
+}
+
+// One element, rounded to the row's dtype.
+KVX_DEVICE void store_element(const kvx_layout& layout, uint8_t* cell, int64_t index, float x) {
+  if (layout.dtype == kFloat32) {
+    store_aligned(cell + 4 * index, x);
+  } else {
+    store_aligned(cell + 2 * index, layout.dtype == kFloat16 ? to_float16(x) : to_bfloat16(x));
+  }
+}
+
 // out[0, count) from the elements that `index` names, as float32.
 inline void load_plane(const kvx_layout& layout, const uint8_t* cell, const int32_t* index, int64_t count, float* out) {
   switch (layout.dtype) {
@@ -133,6 +162,6 @@ inline float absmax(const float* x, int64_t count) {
 }
 
 // Rounded to the nearest integer, ties to even, of |x| < 2^22.
-inline int32_t round_even(float x) { return static_cast<int32_t>(bits_of(x + 12582912.0f)) - 0x4b400000; }
+KVX_DEVICE int32_t round_even(float x) { return static_cast<int32_t>(bits_of(x + 12582912.0f)) - 0x4b400000; }
 
 }  // namespace kvx

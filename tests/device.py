@@ -1,0 +1,35 @@
+"""Builds kernels for the host, where every lane of every warp runs one after the other (csrc/stage.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "lmcache_ext" / "ops" / "csrc"
+
+
+def compiler() -> list[str]:
+    """What `setup.py` would take; skips the test where there is none."""
+    chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
+    if not shutil.which(chosen[0]):
+        pytest.skip("no C++ compiler")
+    return chosen
+
+
+def built(source: Path, out: Path, *flags: str) -> ctypes.CDLL:
+    command = [*compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", *flags]
+    subprocess.run([*command, "-x", "c++", str(source), "-o", str(out)], check=True, timeout=120)
+    return ctypes.CDLL(str(out))
+
+
+def aligned(size: int, seed: int | None = None) -> np.ndarray:
+    """Bytes that begin at a multiple of 16: random ones, or zeros without a seed."""
+    raw = np.zeros(size + 16, np.uint8) if seed is None else np.random.default_rng(seed).integers(0, 256, size + 16)
+    raw = raw.astype(np.uint8)
+    return raw[-raw.ctypes.data % 16 :][:size]

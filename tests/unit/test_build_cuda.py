@@ -1,0 +1,43 @@
+"""The CUDA kernels are built by nvcc, of which no GPU is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcache_ext.ops import cachegen_cuda, pages_cuda
+from tests.device import CSRC
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("no nvcc")
+    out = tmp_path_factory.mktemp("cuda") / "cuda.so"
+    command = [sys.executable, str(ROOT / "scripts" / "build_cuda.py"), "--out", str(out)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "sm_80, sm_86, sm_89, sm_90" in built.stdout  # and those that this nvcc knows of the later ones
+    assert "and PTX" in built.stdout
+    return out
+
+
+def test_library_has_what_every_source_exports_and_no_more(library):
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    declared = [re.findall(r"^KVX_EXPORT \S+ (\w+)\(", path.read_text(), re.M) for path in CSRC.glob("*.cu")]
+    assert all(declared)
+    assert set(re.findall(r" T (\w+)", listed)) == {name for names in declared for name in names}
+
+
+def test_library_is_of_the_abi_that_its_faces_want(library):
+    loaded = ctypes.CDLL(str(library))
+    assert loaded.kvx_cuda_abi() == pages_cuda.ABI
+    assert loaded.kvx_cuda_cachegen_abi() == cachegen_cuda.ABI
