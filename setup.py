@@ -28,7 +28,7 @@ setup(
     ext_modules=[
         library("pages", ("pages.h",)),
         library("lossless", ("rans.h", "rans_model.h")),
-        library("fixed", ("device.h", "e4m3.h", "elements.h")),
+        library("fixed", ("device.h", "e4m3.h", "elements.h", "fixed.h")),
         library("cachegen", ("cachegen.h", "device.h", "elements.h", "models.h", "rans.h", "rans_model.h")),
     ]
 )

@@ -13,10 +13,9 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from lmcache_ext.errors import BadPayload, FrameError, TruncatedFrame, UnsupportedVersion
-from lmcache_ext.ops import native
+from lmcache_ext.errors import BadPayload, TruncatedFrame, UnsupportedVersion
+from lmcache_ext.ops import call, native
 from lmcache_ext.ops.layout import Layout, Struct
-from lmcache_ext.ops.table import Bytes
 
 ABI = 2  # kvx_cachegen_abi() in csrc/cachegen.cpp
 
@@ -26,7 +25,7 @@ Bins = npt.NDArray[np.float32]
 STREAM_SYMBOLS = 1 << 15  # kStreamSymbols in csrc/cachegen.h
 
 _SLACK_BYTES = 256  # that the encoder wants free while it works
-REFUSALS: dict[int, tuple[type[FrameError], str]] = {  # Refusal in csrc/cachegen.h
+REFUSALS: call.Refusals = {  # Refusal in csrc/cachegen.h
     -1: (TruncatedFrame, "payload of {found} bytes ends within its header or directory"),
     -2: (UnsupportedVersion, "payload of another version of cachegen"),
     -3: (BadPayload, "payload of {found} bytes is of another layout"),
@@ -59,7 +58,7 @@ def bound(layout: Layout) -> int:
 
 def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
     """The payload of a row of `layout.row_bytes`; with half the bins, or less, where it would exceed `bound`."""
-    source = _row(layout, row)
+    source = call.row_of(layout, row)
     if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
         raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
     out = np.empty(bound(layout) + _SLACK_BYTES, dtype=np.uint8)  # mostly untouched, so mostly no memory
@@ -74,30 +73,19 @@ def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
 
 def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> None:
     """Fill the elements of a row from a payload. `isa` 0 is the best here, else one of `instruction_sets`."""
-    target = _row(layout, row)
-    if row.readonly:
-        raise ValueError("row: read-only, expected a writable buffer to decode into")
+    target = call.row_of(layout, row)
+    call.check_writable("row", row)
     if isa != 0 and isa not in instruction_sets():
         raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
-    source = np.frombuffer(coded, dtype=np.uint8) if coded.nbytes else np.empty(0, dtype=np.uint8)
+    source = call.flat(coded)
     arguments = (layout.struct, source.ctypes.data, source.size, target.ctypes.data, isa)
     result = int(_loaded().kvx_cachegen_decode(*arguments))
     if result < 0:
-        kind, text = REFUSALS[result]
-        raise kind(text.format(found=source.size))
-
-
-def _row(layout: Layout, row: memoryview) -> Bytes:
-    if row.nbytes != layout.row_bytes:
-        raise ValueError(f"row: {row.nbytes} bytes, the layout is of {layout.row_bytes}")
-    return np.frombuffer(row.cast("B"), dtype=np.uint8)
+        raise call.refusal(REFUSALS, result, found=source.size)
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled codec is missing: this package was installed without a C++ compiler")
-    return library
+    return call.present(_library())
 
 
 @cache

@@ -2,10 +2,7 @@
 
 The library is optional (``python scripts/build_cuda.py``); `benchmarks/gpu/codecs.py` checks and times it.
 
-Thread: any. Order: that of `stream`. Owner: the caller keeps tables, results, scratch, rows and payloads, all of them
-in the GPU's memory, alive until the stream has passed. Failure: a bad argument is a ``ValueError`` before anything is
-enqueued, a refused launch a ``RuntimeError``; what a payload is refused for is in its result (`refusal`), and its row
-then is as it was.
+The contract is that of `ops.chunks_cuda`.
 """
 
 from __future__ import annotations
@@ -13,42 +10,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
 from lmcache_ext.errors import FrameError
-from lmcache_ext.ops import native
+from lmcache_ext.ops import call, native
 from lmcache_ext.ops.cachegen import REFUSALS, Bins
-from lmcache_ext.ops.layout import Layout, Struct
+from lmcache_ext.ops.chunks_cuda import LAYOUT, Chunk, Memory, array_of, image, judge, present
+from lmcache_ext.ops.layout import Layout
 from lmcache_ext.ops.table import Bytes, Int64s
 
 ABI = 1  # kvx_cuda_cachegen_abi() in csrc/cachegen.cu
 
-_UNALIGNED = -(2**63)
-_SCRATCH_TOO_SMALL = _UNALIGNED + 1
-_LAUNCH_FAILED = _UNALIGNED + 2
 _NO_ROOM = -7
-
-
-class Chunk(NamedTuple):
-    """Addresses of a row and its payload; how long the payload is, or may become: `ops.cachegen.bound`."""
-
-    row_ptr: int
-    payload_ptr: int
-    payload_bytes: int
-
-
-class Memory(NamedTuple):
-    """Addresses of what a call needs: the image that `tables` made, an int64 for each chunk, scratch.
-
-    Tables and scratch begin at multiples of 16. Chunks share scratch that is too small for all of them in turns.
-    """
-
-    tables_ptr: int
-    results_ptr: int
-    scratch_ptr: int
-    scratch_bytes: int
 
 
 def available() -> bool:
@@ -61,11 +35,9 @@ def tables(layout: Layout, bins: Bins | None = None) -> Bytes:
     bins = np.ones((layout.layers, 2), dtype=np.float32) if bins is None else np.ascontiguousarray(bins)
     if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
         raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
-    size = int(_loaded().kvx_cuda_cachegen_tables_bytes(layout.struct))
-    raw = np.zeros(size + 16, dtype=np.uint8)
-    image = raw[-raw.ctypes.data % 16 :][:size]
-    _judge(int(_loaded().kvx_cuda_cachegen_tables(layout.struct, bins.ctypes.data, image.ctypes.data)))
-    return image
+    filled = image(int(_loaded().kvx_cuda_cachegen_tables_bytes(layout.struct)))
+    judge(int(_loaded().kvx_cuda_cachegen_tables(layout.struct, bins.ctypes.data, filled.ctypes.data)))
+    return filled
 
 
 def scratch_bytes(layout: Layout, *, encodes: bool) -> int:
@@ -74,13 +46,13 @@ def scratch_bytes(layout: Layout, *, encodes: bool) -> int:
 
 
 def encode(layout: Layout, memory: Memory, chunks: Sequence[Chunk], *, stream: int) -> None:
-    """Enqueue the coding of rows; results become the lengths of payloads (`lengths`)."""
-    _judge(int(_loaded().kvx_cuda_cachegen_encode(*_arguments(layout, memory, chunks), stream)))
+    """Enqueue the coding of rows, each with room for `ops.cachegen.bound`; results become the `lengths` of payloads."""
+    judge(int(_loaded().kvx_cuda_cachegen_encode(*_arguments(layout, memory, chunks), stream)))
 
 
 def decode(layout: Layout, memory: Memory, chunks: Sequence[Chunk], *, stream: int) -> None:
     """Enqueue the coding of payloads back to rows; results become 0, or what `refusal` explains."""
-    _judge(int(_loaded().kvx_cuda_cachegen_decode(*_arguments(layout, memory, chunks), stream)))
+    judge(int(_loaded().kvx_cuda_cachegen_decode(*_arguments(layout, memory, chunks), stream)))
 
 
 def lengths(results: Int64s) -> list[int | None]:
@@ -92,43 +64,16 @@ def refusal(result: int, payload_bytes: int) -> FrameError | None:
     """Why `decode` has refused a payload, as `ops.cachegen.decode` would have said it."""
     if result == 0:
         return None
-    kind, text = REFUSALS[result]
-    return kind(text.format(found=payload_bytes))
+    return call.refusal(REFUSALS, result, found=payload_bytes)
 
 
 def _arguments(layout: Layout, memory: Memory, chunks: Sequence[Chunk]) -> tuple[object, ...]:
-    array = (_Chunk * max(1, len(chunks)))(*(_Chunk(*chunk) for chunk in chunks))
-    return (
-        layout.struct,
-        memory.tables_ptr,
-        array,
-        len(chunks),
-        memory.results_ptr,
-        memory.scratch_ptr,
-        memory.scratch_bytes,
-    )
-
-
-def _judge(result: int) -> None:
-    if result == _UNALIGNED:
-        raise ValueError("a cell or a row is not a multiple of its elements, or tables or scratch not of 16 bytes")
-    if result == _SCRATCH_TOO_SMALL:
-        raise ValueError("scratch: less than scratch_bytes of the layout")
-    if result != 0:
-        raise RuntimeError(f"a launch failed with CUDA error {result - _LAUNCH_FAILED}")
-
-
-class _Chunk(ctypes.Structure):
-    """`kvx::cachegen::Chunk` in csrc/cachegen_job.h."""
-
-    _fields_ = [("row", ctypes.c_void_p), ("payload", ctypes.c_void_p), ("payload_bytes", ctypes.c_int64)]
+    tables_ptr, results_ptr, *scratch = memory
+    return (layout.struct, tables_ptr, array_of(chunks), len(chunks), results_ptr, *scratch)
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError(f"{native.CUDA_LIBRARY.name} is not built: run scripts/build_cuda.py")
-    return library
+    return present(_library())
 
 
 @cache
@@ -139,7 +84,7 @@ def _library() -> ctypes.CDLL | None:
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take."""
-    layout, pointer, int32, int64 = ctypes.POINTER(Struct), ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    layout, pointer, int32, int64 = LAYOUT, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.kvx_cuda_cachegen_tables_bytes.argtypes = [layout]
     library.kvx_cuda_cachegen_scratch_bytes.argtypes = [layout, int32]
     library.kvx_cuda_cachegen_tables.argtypes = [layout, pointer, pointer]

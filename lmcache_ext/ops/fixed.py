@@ -13,10 +13,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lmcache_ext.errors import BadPayload, FrameError, LengthMismatch, UnsupportedVersion
-from lmcache_ext.ops import native
+from lmcache_ext.errors import BadPayload, LengthMismatch, UnsupportedVersion
+from lmcache_ext.ops import call, native
 from lmcache_ext.ops.layout import Layout, Struct
-from lmcache_ext.ops.table import Bytes
 
 ABI = 1  # kvx_fixed_abi() in csrc/fixed.cpp
 
@@ -24,7 +23,7 @@ Scheme = Literal["fp8", "int8", "kivi4", "kivi2"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)  # in the order of Scheme in csrc/fixed.cpp
 
 _NO_MEMORY = -4
-_REFUSALS: dict[int, tuple[type[FrameError], str]] = {
+REFUSALS: call.Refusals = {  # Refusal in csrc/fixed.h
     -1: (LengthMismatch, "payload of {found} bytes, rows of this layout have {expected} as {scheme}"),
     -2: (UnsupportedVersion, "payload of another version of {scheme}"),
     -3: (BadPayload, "payload of {found} bytes is of another layout or scheme than {scheme}"),
@@ -43,7 +42,7 @@ def payload_bytes(layout: Layout, scheme: Scheme) -> int:
 
 def encode(layout: Layout, scheme: Scheme, row: memoryview) -> memoryview:
     """The payload of a row of `layout.row_bytes`."""
-    source = _row(layout, row)
+    source = call.row_of(layout, row)
     out = np.empty(payload_bytes(layout, scheme), dtype=np.uint8)
     arguments = (layout.struct, SCHEMES.index(scheme), source.ctypes.data, out.ctypes.data, out.size)
     if _loaded().kvx_fixed_encode(*arguments) == _NO_MEMORY:
@@ -53,30 +52,20 @@ def encode(layout: Layout, scheme: Scheme, row: memoryview) -> memoryview:
 
 def decode(layout: Layout, scheme: Scheme, coded: memoryview, row: memoryview) -> None:
     """Fill the elements of a row, and nothing between them, from a payload."""
-    target = _row(layout, row)
-    if row.readonly:
-        raise ValueError("row: read-only, expected a writable buffer to decode into")
-    source = np.frombuffer(coded, dtype=np.uint8) if coded.nbytes else np.empty(0, dtype=np.uint8)
+    target = call.row_of(layout, row)
+    call.check_writable("row", row)
+    source = call.flat(coded)
     arguments = (layout.struct, SCHEMES.index(scheme), source.ctypes.data, source.size, target.ctypes.data)
     result = int(_loaded().kvx_fixed_decode(*arguments))
     if result == _NO_MEMORY:
         raise MemoryError(f"no scratch to decode {source.size} bytes")
     if result < 0:
-        kind, text = _REFUSALS[result]
-        raise kind(text.format(found=source.size, expected=payload_bytes(layout, scheme), scheme=scheme))
-
-
-def _row(layout: Layout, row: memoryview) -> Bytes:
-    if row.nbytes != layout.row_bytes:
-        raise ValueError(f"row: {row.nbytes} bytes, the layout is of {layout.row_bytes}")
-    return np.frombuffer(row.cast("B"), dtype=np.uint8)
+        expected = payload_bytes(layout, scheme)
+        raise call.refusal(REFUSALS, result, found=source.size, expected=expected, scheme=scheme)
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled codec is missing: this package was installed without a C++ compiler")
-    return library
+    return call.present(_library())
 
 
 @cache

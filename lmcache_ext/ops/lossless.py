@@ -16,15 +16,15 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from lmcache_ext.errors import BadPayload, FrameError, LengthMismatch, TruncatedFrame, UnsupportedVersion
-from lmcache_ext.ops import native
+from lmcache_ext.errors import BadPayload, LengthMismatch, TruncatedFrame, UnsupportedVersion
+from lmcache_ext.ops import call, native
 
 ABI = 1  # kvx_lossless_abi() in csrc/lossless.cpp
 SEGMENT_ELEMENTS = 1 << 16
 ELEMENT_BYTES = (1, 2, 4)
 
 _NO_MEMORY = -7
-_REFUSALS: dict[int, tuple[type[FrameError], str]] = {
+_REFUSALS: call.Refusals = {
     -1: (TruncatedFrame, "payload of {coded} bytes ends within its header or directory"),
     -2: (UnsupportedVersion, "payload of another version of lossless"),
     -3: (BadPayload, "payload of {coded} bytes has a header that lossless does not write"),
@@ -56,7 +56,7 @@ def encode(raw: memoryview, element_bytes: int, segment_elements: int = SEGMENT_
     """The payload of a row of elements of 1, 2 or 4 bytes."""
     if element_bytes not in ELEMENT_BYTES or not 1 <= segment_elements <= 1 << 18:
         raise ValueError(f"{element_bytes} bytes per element, {segment_elements} elements per segment: out of range")
-    flat = _flat(raw)
+    flat = call.flat(raw)
     out = np.empty(bound(flat.size, element_bytes, segment_elements), dtype=np.uint8)
     pointers = (flat.ctypes.data, flat.size, element_bytes, segment_elements, out.ctypes.data, out.size)
     written = int(_loaded().kvx_lossless_encode(*pointers))
@@ -69,9 +69,8 @@ def encode(raw: memoryview, element_bytes: int, segment_elements: int = SEGMENT_
 
 def decode(coded: memoryview, raw: memoryview, isa: int = 0) -> None:
     """Fill `raw` from a payload. `isa` 0 is the best this machine has, else one of `instruction_sets`."""
-    source, target = _flat(coded), _flat(raw)
-    if raw.readonly:
-        raise ValueError("raw: read-only, expected a writable buffer to decode into")
+    source, target = call.flat(coded), call.flat(raw)
+    call.check_writable("raw", raw)
     if isa != 0 and isa not in instruction_sets():
         raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
     pointers = (source.ctypes.data, source.size, target.ctypes.data, target.size, isa)
@@ -79,19 +78,11 @@ def decode(coded: memoryview, raw: memoryview, isa: int = 0) -> None:
     if result == _NO_MEMORY:
         raise MemoryError(f"no scratch to decode {source.size} bytes")
     if result < 0:
-        kind, text = _REFUSALS[result]
-        raise kind(text.format(coded=source.size, raw=target.size))
-
-
-def _flat(view: memoryview) -> Bytes:
-    return np.frombuffer(view.cast("B"), dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)
+        raise call.refusal(_REFUSALS, result, coded=source.size, raw=target.size)
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled codec is missing: this package was installed without a C++ compiler")
-    return library
+    return call.present(_library())
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_ext.ops import cachegen_cuda, pages_cuda
+from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda
 from tests.device import CSRC
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,3 +41,4 @@ def test_library_is_of_the_abi_that_its_faces_want(library):
     loaded = ctypes.CDLL(str(library))
     assert loaded.kvx_cuda_abi() == pages_cuda.ABI
     assert loaded.kvx_cuda_cachegen_abi() == cachegen_cuda.ABI
+    assert loaded.kvx_cuda_fixed_abi() == fixed_cuda.ABI

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmcache_ext.errors import BadPayload, FrameError
 from lmcache_ext.ops import cachegen, cachegen_cuda, cachegen_numpy
-from lmcache_ext.ops.cachegen_cuda import Chunk, Memory
+from lmcache_ext.ops.chunks_cuda import Chunk, Memory, judge
 from lmcache_ext.ops.layout import DTYPES, Layout
 from tests.device import CSRC, aligned, built
 from tests.unit.test_cachegen import ROWS, bins_of, many_heads, of_one_stream, spiky_row
@@ -183,5 +183,5 @@ def test_what_is_unaligned_or_too_small_is_refused_before_anything_runs():
 
 def test_launch_that_fails_says_so():
     with pytest.raises(RuntimeError, match="CUDA error 700"):
-        cachegen_cuda._judge(-(2**63) + 2 + 700)
+        judge(-(2**63) + 2 + 700)
     assert isinstance(cachegen_cuda.refusal(-5, 10), BadPayload)

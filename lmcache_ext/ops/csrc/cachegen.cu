@@ -12,6 +12,7 @@
 
 namespace {
 
+using namespace kvx;
 using namespace kvx::cachegen;
 
 int64_t enqueue(const Call& call, bool encodes, void* stream) {

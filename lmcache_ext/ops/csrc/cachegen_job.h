@@ -1,8 +1,6 @@
 // What a launch of the cachegen codec on a GPU is told, and where its scratch lies. Plain C++.
 //
-// Chunks of one layout are coded together. What is read by every launch (the models, where elements lie, the bins) is an
-// image of bytes that the caller has put into the GPU's memory; scratch is the caller's too. Work is cut into what one
-// warp does:
+// Work is cut into what one warp does:
 //
 //     slab      32 lines of a head: elements <-> symbols
 //     stream    one stream: symbols <-> words
@@ -10,29 +8,20 @@
 #pragma once
 
 #include "cachegen.h"
+#include "chunks.h"
 #include "warp.h"
 
 namespace kvx {
 namespace cachegen {
 
-constexpr int kMaxChunks = 64;  // of one launch; more take more launches
-
 struct alignas(16) Vector {
   uint32_t words[4];
-};
-
-struct Chunk {
-  uint8_t* row;
-  uint8_t* payload;
-  int64_t payload_bytes;  // of the payload, or of the room for it
 };
 
 struct Sizes {
   uint32_t escapes;
   uint32_t bytes;
 };
-
-KVX_DEVICE int64_t up(int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
 KVX_DEVICE int64_t num_parts(const kvx_layout& layout) { return 2 * static_cast<int64_t>(layout.layers); }
 
@@ -62,12 +51,6 @@ struct Scratch {
   int64_t bytes;       // of all of it
 };
 
-template <typename T>
-KVX_DEVICE void reserve(uint8_t* base, int64_t count, int64_t* at, T** array) {
-  *array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(*at));
-  *at += up(count * static_cast<int64_t>(sizeof(T)), 16);
-}
-
 // `base` is a multiple of 16, or null to learn the size.
 KVX_DEVICE Scratch scratch_at(const kvx_layout& layout, bool encodes, uint8_t* base) {
   const int64_t parts = num_parts(layout), heads = parts * layout.heads, lines = num_lines(layout);
@@ -90,13 +73,11 @@ KVX_DEVICE Scratch scratch_at(const kvx_layout& layout, bool encodes, uint8_t* b
   return s;
 }
 
-// The image that launches read: the models, then a layout's tables, then the bins.
+// The image that launches read: the models, the bins, where elements lie.
 struct Tables {
   Models* models;
-  int64_t* cells;
-  int32_t* k_index;
-  int32_t* v_index;
   float* bins;  // (parts)
+  Places places;
   int64_t bytes;
 };
 
@@ -105,10 +86,8 @@ inline Tables tables_at(const kvx_layout& layout, uint8_t* base) {
   Tables t;
   int64_t at = 0;
   reserve(base, 1, &at, &t.models);
-  reserve(base, num_cells(layout), &at, &t.cells);
-  reserve(base, static_cast<int64_t>(layout.tokens) * layout.k_dim, &at, &t.k_index);
-  reserve(base, static_cast<int64_t>(layout.tokens) * layout.v_dim, &at, &t.v_index);
   reserve(base, num_parts(layout), &at, &t.bins);
+  t.places = places_at(layout, base, &at);
   t.bytes = at;
   return t;
 }

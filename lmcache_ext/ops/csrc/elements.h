@@ -100,7 +100,7 @@ KVX_DEVICE uint16_t to_float16(float x) {
 // What is no finite number becomes 0: it must not spoil the scale of its neighbours.
 KVX_DEVICE float tame(float x) { return (bits_of(x) & 0x7f800000) == 0x7f800000 ? 0.0f : x; }
 
-inline int64_t num_cells(const kvx_layout& layout) {
+KVX_DEVICE int64_t num_cells(const kvx_layout& layout) {
   return static_cast<int64_t>(layout.layers) * layout.heads * layout.blocks;
 }
 

@@ -96,6 +96,17 @@ KVX_DEVICE Lanes<uint32_t> shuffle(const Lanes<uint32_t>& values, const Lanes<in
   return got;
 }
 
+// The largest of the lanes' values.
+KVX_DEVICE uint32_t most(const Lanes<uint32_t>& values) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_max_sync(0xffffffffu, values[0]);
+#else
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = values[lane] > largest ? values[lane] : largest;
+  return largest;
+#endif
+}
+
 // For each lane the sum of the values of those before it; `total` is that of all.
 KVX_DEVICE Lanes<int64_t> sum_before(const Lanes<int64_t>& values, int64_t* total) {
   Lanes<int64_t> before;
