@@ -37,6 +37,7 @@ from lmcache_ext.offload.explain import Explainer
 from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.prefix import PrefixLookup
 from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tuning import Tuning, set_log_level
@@ -58,9 +59,9 @@ logger = init_logger("vllm.lmcache_ext.connector")
 _IDLE_WAIT_S = 0.010  # with nothing to compute, waiting for a short copy is cheaper than another step
 _FAR_WAIT_S = 0.005  # and so is waiting for a far tier; it delays at most one new request by as much
 _LOOKUP_PATIENCE_S = 15.0  # a request that is still being looked up then is computed
-# Asking again takes 2 us per chunk (benchmarks/ttft.py), in every step, of each request that waits: without
-# progress of a far tier it is done this often, for what only time changes.
-_ASK_AGAIN_S = 0.002
+# Asking again takes 1 us per chunk (benchmarks/ttft.py), in every step, of each request that waits: without
+# progress of a tier it is done this often, for what only time changes.
+_ASK_AGAIN_S = 0.010
 
 
 @dataclass(slots=True)
@@ -128,6 +129,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._explainer: Explainer | None = None
         self._announcer: Announcer | None = None
         if role == KVConnectorRole.SCHEDULER:
+            self.scheduler._maximal_prefix_lookup = PrefixLookup(self.scheduler)
             self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
             if transfer.kv_connector_extra_config.get(explain.ENABLED):
                 self._explainer = Explainer(self.scheduler, name, components)

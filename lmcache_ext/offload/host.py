@@ -6,11 +6,12 @@ of them hold chunks can change: withheld rows stay reserved and are used by nobo
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from typing_extensions import override
 from vllm.v1.kv_offload.base import OffloadingEvent, OffloadKey, PrepareStoreOutput, ReqContext
+from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
@@ -44,6 +45,16 @@ class HostTier(CPUPrimaryTierOffloadingManager):
     def limit(self) -> int:
         """How many rows may hold chunks."""
         return self._limit
+
+    @property
+    def num_available(self) -> int:
+        """How many rows a new chunk may have: those that are free, and those that may be evicted."""
+        return int(self._get_num_free_chunks()) + int(self._num_evictable_cache_chunks)
+
+    def find(self, keys: Iterable[OffloadKey]) -> list[ChunkStatus | None]:
+        """What is known of each chunk; None where it is not here."""
+        get = self._policy.get
+        return [get(key) for key in keys]
 
     def set_limit(self, num_rows: int) -> None:
         """Let `num_rows` rows hold chunks, at least one and at most all that are reserved.

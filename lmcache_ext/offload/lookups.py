@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -39,20 +39,27 @@ class Lookups(AsyncLookupManager):
         """`answered` is called in the thread of the lookups, once a batch of answers can be taken."""
         self._chunks = chunks
         self._asked_at: dict[OffloadKey, float] = {}
+        self._need_to_drain: bool  # vLLM's; said again for the type checker
         super().__init__(name)
         self._pending_results = _Answers(answered)
 
-    def waits_s(self, key: OffloadKey) -> float:
-        """For how long the unanswered key is asked for: seconds since the first call of this."""
-        now = time.monotonic()
-        return now - self._asked_at.setdefault(key, now)
-
-    @override
-    def lookup(self, key: OffloadKey, req_context: ReqContext) -> bool | None:
-        found: bool | None = super().lookup(key, req_context)
-        if found is not None:
-            self._asked_at.pop(key, None)
-        return found
+    def ask(self, keys: Sequence[OffloadKey], req_context: ReqContext, timeout_s: float) -> list[bool | None]:
+        """Whether each chunk is there; None while that is not known, False once it was asked for so long."""
+        now, req_id, states, asked_at = time.monotonic(), req_context.req_id, self._lookup_state, self._asked_at
+        if self._need_to_drain:
+            self.drain_results()
+            self._need_to_drain = False
+        answers: list[bool | None] = []
+        for key in keys:
+            state = states.get(key)
+            known = state is not None and req_id in state.request_ids
+            found: bool | None = state.result if known else self.lookup(key, req_context)
+            if found is not None:
+                asked_at.pop(key, None)
+            elif now - asked_at.setdefault(key, now) >= timeout_s:
+                found = False
+            answers.append(found)
+        return answers
 
     @override
     def cleanup(self, req_id: str) -> None:

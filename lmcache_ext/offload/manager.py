@@ -11,8 +11,9 @@ All methods run in the scheduler's thread.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from typing_extensions import override
 from vllm.v1.kv_offload.base import (
@@ -23,8 +24,14 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     ScheduleEndContext,
 )
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
-from vllm.v1.kv_offload.tiering.manager import JobMetadata, TieringOffloadingManager, _SecondaryTierFacingParent
+from vllm.v1.kv_offload.tiering.manager import (
+    JobMetadata,
+    PendingPromotion,
+    TieringOffloadingManager,
+    _SecondaryTierFacingParent,
+)
 from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker, _TierState
 
 from lmcache_ext.config import Config
@@ -42,19 +49,19 @@ class BoundedTieringManager(TieringOffloadingManager):
     """See the module's docstring."""
 
     def __init__(
-        self, primary_tier: HostTier, secondary_tiers: list[SecondaryTierManager], far: FarTiers | None = None
+        self, primary_tier: HostTier, secondary_tiers: Sequence[StoredTier], far: FarTiers | None = None
     ) -> None:
-        super().__init__(primary_tier, secondary_tiers)
+        super().__init__(primary_tier, list[SecondaryTierManager](secondary_tiers))
         self.host = primary_tier
         self.far = far
         """Opens and changes the secondary tiers; None where there can be none."""
-        self._stored_tiers = [tier for tier in secondary_tiers if isinstance(tier, StoredTier)]
+        self._stored_tiers = list(secondary_tiers)
         self.progress = Progress()
         """Of all far tiers: what requests wait for."""
         for tier in self._stored_tiers:
             tier.progress = self.progress
         self._max_promotions = _max_promotions(primary_tier)
-        self._promotions: dict[str, Counter[OffloadKey]] = {}
+        self._promotions: dict[str, dict[OffloadKey, int]] = {}
         self._unwritten: set[OffloadKey] = set()
         self.stored: Recent | None = None
         """Where somebody wants to know, the keys that were stored lately."""
@@ -107,24 +114,98 @@ class BoundedTieringManager(TieringOffloadingManager):
         self._maybe_process_finished_jobs()
         found = self.primary_tier.lookup(key, req_context)
         if found is LookupResult.MISS:
-            return self._lookup_far(key, req_context, exclude_tier_idx)
-        if found is LookupResult.HIT_PENDING:
-            for tier in self._stored_tiers:
-                if tier.is_overdue(key):
-                    return LookupResult.MISS
+            far = self._ask_far([key], req_context, exclude_tier_idx)
+            if key not in far:
+                return LookupResult.MISS
+            if (place := far[key]) is None:
+                return LookupResult.RETRY
+            return LookupResult.HIT_PENDING if self._promote([(place, key)], req_context) else LookupResult.MISS
+        if found is LookupResult.HIT_PENDING and self._is_overdue(key):
+            return LookupResult.MISS
         return found
 
-    def _lookup_far(self, key: OffloadKey, req_context: ReqContext, exclude_tier_idx: int | None) -> LookupResult:
-        retry = False
-        for index, tier in enumerate(self.secondary_tiers):
+    def lookup_prefix(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> int | None:
+        """How many of `keys`, from the first on, can be loaded; None while that is not known.
+
+        The same as one `lookup` after the other, until one misses, for less.
+        """
+        self._maybe_process_finished_jobs()
+        chunks = self.host.find(keys)
+        missing = [key for key, chunk in zip(keys, chunks, strict=True) if chunk is None]
+        far = self._ask_far(missing, req_context) if missing else {}
+        num_ready, waits = 0, False
+        promotable: list[tuple[int, OffloadKey]] = []
+        for key, chunk in zip(keys, chunks, strict=True):
+            if chunk is None:
+                if key not in far:
+                    break
+                if (place := far[key]) is not None:
+                    promotable.append((place, key))
+                    continue
+            elif chunk.is_ready:
+                num_ready += not promotable
+                continue
+            elif self._is_overdue(key):
+                break
+            waits = waits or not promotable
+        if promotable and self._promote(promotable, req_context):
+            return None
+        return None if waits else num_ready
+
+    def _is_overdue(self, key: OffloadKey) -> bool:
+        return any(tier.is_overdue(key) for tier in self._stored_tiers)
+
+    def _ask_far(
+        self, keys: Sequence[OffloadKey], req_context: ReqContext, exclude_tier_idx: int | None = None
+    ) -> dict[OffloadKey, int | None]:
+        """The place of the nearest tier that has each chunk; None while a tier near enough has not answered."""
+        found: dict[OffloadKey, int | None] = {}
+        for index, tier in enumerate(self._stored_tiers):
             if index == exclude_tier_idx or not req_context.load_tier_filter.allows(tier.medium, tier.locality):
                 continue
-            found = tier.lookup(key, req_context)
-            if found is LookupResult.HIT and not retry:  # a nearer tier may have it, and answers soon
-                promoted = self._initiate_promotion(index, key, req_context)
-                return LookupResult.HIT_PENDING if promoted else LookupResult.MISS
-            retry |= found is LookupResult.RETRY
-        return LookupResult.RETRY if retry else LookupResult.MISS
+            asked = [key for key in keys if found.get(key) is None] if found else keys
+            for key, is_there in zip(asked, tier.ask(asked, req_context), strict=True):
+                if is_there is None:
+                    found[key] = None
+                elif is_there:
+                    found.setdefault(key, index)  # a nearer tier may have it, too, and answers soon
+        return found
+
+    def _promote(self, wanted: Sequence[tuple[int, OffloadKey]], req_context: ReqContext) -> int:
+        """Begin to fetch chunks (tier, key) into host memory, in order; how many there was leave and room for."""
+        promotions = self._promotions.setdefault(req_context.req_id, {})
+        num_started = 0
+        for place, run in groupby(wanted, itemgetter(0)):
+            keys: list[OffloadKey] = []
+            for _, key in run:
+                times = promotions.get(key, 0)
+                if times >= _PROMOTIONS_PER_KEY or len(promotions) >= self._max_promotions:
+                    return num_started + self._fetch(place, keys, req_context)
+                promotions[key] = times + 1
+                keys.append(key)
+            num_fetched = self._fetch(place, keys, req_context)
+            num_started += num_fetched
+            if num_fetched < len(keys):
+                break
+        return num_started
+
+    def _fetch(self, place: int, keys: list[OffloadKey], req_context: ReqContext) -> int:
+        """vLLM's `_initiate_promotion` for several chunks at once: as many of the first as there are rows for."""
+        fitting = keys[: self.host.num_available]
+        written = self.primary_tier.prepare_write(fitting, req_context) if fitting else None
+        if len(fitting) < len(keys) or written is None:
+            self._metrics.on_promotion_allocation_failure()
+        if written is None:
+            return 0
+        rows = written.store_spec
+        assert isinstance(rows, CPULoadStoreSpec)
+        source = self._stored_tiers[place].cache_hit_source
+        self._request_load_sources.setdefault(req_context.req_id, {}).update(dict.fromkeys(fitting, source))
+        pending = self._pending_load_submissions.setdefault(place, {})
+        entry = pending.setdefault(req_context.req_id, PendingPromotion(req_context))
+        entry.keys.extend(written.keys_to_store)
+        entry.chunk_ids.extend(rows.chunk_ids)
+        return len(fitting)
 
     @override
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
@@ -133,15 +214,6 @@ class BoundedTieringManager(TieringOffloadingManager):
         if gone:
             raise KeyError(f"request {req_context.req_id}: {gone} of {len(keys)} chunks left host memory after lookup")
         return super().prepare_load(keys, req_context)
-
-    @override
-    def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
-        promotions = self._promotions.setdefault(req_context.req_id, Counter())
-        if promotions[key] >= _PROMOTIONS_PER_KEY or len(promotions) >= self._max_promotions:
-            return False
-        promotions[key] += 1
-        started: bool = super()._initiate_promotion(tier_idx, key, req_context)
-        return started
 
     @override
     def _complete_promotion(self, job_metadata: JobMetadata, completed_job: JobResult) -> None:
@@ -174,6 +246,11 @@ class BoundedTieringManager(TieringOffloadingManager):
         self.host.settle()
 
     @override
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        super().complete_load(keys, req_context)
+        self.progress.advance()  # another request may wait for the same chunks
+
+    @override
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         if not self._unwritten.isdisjoint(keys):
             self._unwritten.difference_update(keys)
@@ -181,6 +258,7 @@ class BoundedTieringManager(TieringOffloadingManager):
         if success and self.stored is not None:
             self.stored.add(keys)
         super().complete_store(keys, req_context, success)
+        self.progress.advance()
 
     @override
     def on_request_finished(self, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> None:

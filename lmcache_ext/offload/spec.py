@@ -80,7 +80,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
                 enable_events=self.kv_events_config.enable_kv_cache_events,
             )
             far = self._open_far(primary.get_kv_memoryview())
-            self._manager = BoundedTieringManager(primary, list(far.tiers) if far else [], far)
+            self._manager = BoundedTieringManager(primary, far.tiers if far else (), far)
         return self._manager
 
     def _worker_rank(self) -> int:

@@ -158,16 +158,20 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        (is_there,) = self.ask([key], req_context)
+        if is_there is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if is_there else LookupResult.MISS
+
+    def ask(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[bool | None]:
+        """Whether the store has each chunk; None while it is being asked, which the end of the step begins."""
         if not self.present or adapter_of(req_context) == "" or self.store.is_open(READ):
-            return LookupResult.MISS
-        lookups = self._backing.lookups
-        found = lookups.lookup(key, req_context)
-        if found is None:
-            patient = lookups.waits_s(key) < self.limits.lookup_timeout_s
-            return LookupResult.RETRY if patient else LookupResult.MISS
-        self._num_queries += 1
-        self._num_hits += found
-        return LookupResult.HIT if found else LookupResult.MISS
+            return [False] * len(keys)
+        found = self._backing.lookups.ask(keys, req_context, self.limits.lookup_timeout_s)
+        wanted = found[: found.index(False) + 1] if False in found else found  # nobody needs what is behind it
+        self._num_queries += len(wanted) - wanted.count(None)
+        self._num_hits += wanted.count(True)
+        return found
 
     def verdict(self, key: OffloadKey) -> str:
         """What is known here of a chunk: has, miss, slow (asked, no answer), off (its breaker is open), not asked."""
@@ -402,8 +406,9 @@ class StoredTier(SecondaryTierManager):
         job = self._loading.pop(result.job_id)
         for key in job.keys:
             self._due.pop(key, None)
-            self._abandoned.discard(key)
-        self._backing.lookups.mark_miss(set(job.keys) - set(result.successful_keys or ()))
+        self._abandoned.difference_update(job.keys)
+        if not result.success:
+            self._backing.lookups.mark_miss(set(job.keys) - set(result.successful_keys or ()))
 
 
 def _count(backing: Backing, stats: OffloadingConnectorStats) -> None:

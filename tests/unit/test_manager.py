@@ -71,6 +71,17 @@ class Machine:
             result = self.manager.lookup(wanted, req)
         return result
 
+    def find(self, keys, req_id):
+        """How many chunks a whole prompt finds, in the end."""
+        req, lookups = self.request(req_id), self.bench.tier._backing.lookups
+        for _ in range(10):
+            if (found := self.manager.lookup_prefix(keys, req)) is not None:
+                return found
+            self.step()
+            if any(state.phase.name == "IN_FLIGHT" for state in lookups._lookup_state.values()):
+                lookups._pending_results.put(lookups._pending_results.get(timeout=10.0))
+        raise AssertionError("never answered")
+
     def pinned(self):
         return sum(chunk.ref_cnt != 0 for chunk in self.primary._policy.chunks.values())
 
@@ -143,6 +154,80 @@ class TestPromotions:
         machine.look(key(1), "r")
         machine.manager.on_request_finished(machine.request("r"))
         assert machine.manager._promotions == {}
+
+
+class TestPrefix:
+    def test_ends_where_nobody_has_the_next_chunk(self, make):
+        machine = make()
+        machine.write([key(1), key(2), key(4)])
+        assert machine.find([key(1), key(2), key(3), key(4)], "r") == 2
+        machine.forget_host()
+        assert machine.find([key(1), key(2), key(3), key(4)], "again") == 2
+        assert machine.manager.lookup_prefix([key(3)], machine.request("again")) == 0
+
+    def test_is_fetched_in_one_job_behind_what_host_memory_has(self, make, monkeypatch):
+        machine = make()
+        keys = [key(i) for i in range(5)]
+        machine.write(keys)
+        machine.forget_host()
+        assert machine.find(keys[:2], "r") == 2
+        jobs, submit = [], machine.bench.tier.submit_load
+        monkeypatch.setattr(machine.bench.tier, "submit_load", lambda job: jobs.append(list(job.keys)) or submit(job))
+        assert machine.find(keys, "another") == 5
+        assert jobs == [keys[2:]]
+        assert machine.pinned() == 0
+
+    def test_is_not_known_before_its_last_chunk_came(self, make):
+        machine = make()
+        machine.write([key(1), key(2)])
+        machine.forget_host()
+        assert machine.look(key(2), "other") is LookupResult.HIT_PENDING
+        machine.bench.store.gate.clear()
+        machine.manager.on_schedule_end(STEP)
+        req = machine.request("r")
+        for _ in range(3):
+            assert machine.manager.lookup_prefix([key(1), key(2)], req) is None
+        machine.bench.store.gate.set()
+        assert machine.find([key(1), key(2)], "r") == 2
+
+    def test_ends_before_an_overdue_fetch(self, make):
+        machine = make(fetch_timeout_s=0.0)
+        machine.write([key(1), key(2)])
+        machine.forget_host()
+        assert machine.find([key(1)], "r") == 1
+        assert machine.look(key(2), "other") is LookupResult.HIT_PENDING
+        machine.bench.store.gate.clear()
+        machine.manager.on_schedule_end(STEP)
+        assert machine.manager.lookup_prefix([key(1), key(2)], machine.request("r")) == 1
+
+    def test_leaves_rows_to_others(self, make):
+        machine = make()
+        keys = [key(i) for i in range(NUM_ROWS)]
+        machine.write(keys)
+        machine.forget_host()
+        assert machine.find(keys, "r") == 6
+
+    def test_takes_as_many_rows_as_nobody_has_pinned(self, make):
+        machine = make()
+        keys = [key(i) for i in range(5)]
+        machine.write(keys)
+        machine.forget_host()
+        others = [key(10 + i) for i in range(4)]
+        machine.write(others, "other")
+        machine.manager.prepare_load(others, machine.request("other"))
+        assert machine.find(keys, "r") == NUM_ROWS - 4
+        machine.manager.prepare_load(keys[:4], machine.request("r"))
+        assert machine.find([key(4)], "r") == 0
+
+    def test_wakes_who_waits_for_a_chunk_that_another_request_computes(self, make):
+        machine = make()
+        req = machine.request("writer")
+        output = machine.manager.prepare_store([key(1)], req)
+        assert machine.manager.lookup_prefix([key(1)], machine.request("r")) is None
+        seen = machine.manager.progress.count
+        machine.manager.complete_store(output.keys_to_store, req)
+        assert machine.manager.progress.count > seen
+        assert machine.manager.lookup_prefix([key(1)], machine.request("r")) == 1
 
 
 class TestOverdue:
