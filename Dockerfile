@@ -58,7 +58,7 @@ RUN python3 -m venv /opt/venv
 WORKDIR /opt
 COPY constraints.txt /opt/
 
-# ---- this package as a wheel, its loops compiled (setup.py): by g++, and by nvcc where there is one
+# ---- this package as a wheel, its loops compiled: by g++ (setup.py), and by nvcc for GPUs
 
 FROM python-base AS build
 COPY . /opt/src/
@@ -66,7 +66,8 @@ RUN pip wheel --no-deps --wheel-dir /opt/wheels /opt/src
 
 FROM cuda-base AS cuda-build
 COPY . /opt/src/
-RUN pip wheel --no-deps --wheel-dir /opt/wheels /opt/src
+RUN python3 /opt/src/scripts/build_cuda.py \
+    && pip wheel --no-deps --wheel-dir /opt/wheels /opt/src
 
 # ---- the cache server
 

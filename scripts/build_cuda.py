@@ -1,8 +1,9 @@
 """Builds the CUDA kernels, every .cu of lmcache_ext/ops/csrc in one _cuda.so, for every architecture we name.
 
-Run: ``python scripts/build_cuda.py [--nvcc PATH] [--out FILE]``. Needs nvcc 12.1 or newer and no GPU. Architectures
-that this nvcc does not know are left out, and PTX of the newest one it knows is added for GPUs to come. The result runs
-on any driver of the same major version of CUDA or a newer one.
+Run: ``python scripts/build_cuda.py [--nvcc PATH] [--out FILE]``. Needs no GPU, but nvcc 12.1 or newer: CUDA's toolkit,
+or the wheels that .ci/run installs. Architectures that this nvcc does not know are left out, and PTX of the newest one
+it knows is added for GPUs to come. The result runs on any driver of the same major version of CUDA or a newer one.
+Wheels of this package take it along where it is there.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def command(nvcc: str, architectures: list[int], out: Path) -> list[str]:
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
         "-Werror=all-warnings",
     ]
-    return [nvcc, *flags, *targets, *map(str, sorted(OPS.glob("csrc/*.cu"))), "-o", str(out)]
+    libraries = Path(nvcc).resolve().parents[1] / "lib"  # nvcc of a wheel has them there and does not look
+    sources = map(str, sorted(OPS.glob("csrc/*.cu")))
+    return [nvcc, *flags, *targets, f"-L{libraries}", *sources, "-o", str(out)]
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ PROGRAMS = ["lmcache_server", "lmcache_experimental_server", "lmcache_controller
 
 def main() -> int:
     target = sys.argv[1]
-    found = [*wrong_versions(target), *wrong_torch(target), *missing_libraries(), *missing_programs()]
+    found = [*wrong_versions(target), *wrong_torch(target), *missing_libraries(target), *missing_programs()]
     for line in found:
         print(f"{target}: {line}", file=sys.stderr)
     return 1 if found else 0
@@ -52,7 +52,7 @@ def wrong_torch(target: str) -> Iterator[str]:
         yield f"torch {torch.__version__} is for CUDA {torch.version.cuda}"
 
 
-def missing_libraries() -> Iterator[str]:
+def missing_libraries(target: str) -> Iterator[str]:
     """Sources whose library was not built."""
     from lmcache_ext import ops
 
@@ -60,6 +60,8 @@ def missing_libraries() -> Iterator[str]:
     for source in sorted(folder.glob("csrc/*.cpp")):
         if not list(folder.glob(f"_{source.stem}*.so")):
             yield f"{source.name} was not compiled"
+    if target == "gpu" and not (folder / "_cuda.so").exists():
+        yield "the CUDA kernels were not compiled (scripts/build_cuda.py)"
 
 
 def missing_programs() -> Iterator[str]:

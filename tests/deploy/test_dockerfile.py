@@ -105,6 +105,12 @@ def test_check_of_an_image_finds_a_torch_for_another_machine():
     assert "vllm is missing" in done.stderr
 
 
+def test_image_for_gpus_brings_the_kernels_along():
+    build = " ".join(rest for name, rest in stages()["cuda-build"][1] if name == "RUN")
+    assert build.index("scripts/build_cuda.py") < build.index("pip wheel")
+    assert "cuda-build" in " ".join(rest for name, rest in stages()["gpu"][1] if name == "COPY")
+
+
 def test_context_holds_what_is_copied_and_no_secrets():
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
