@@ -299,7 +299,8 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if not self._hooks.off:
+        has_news = connector_output.kv_connector_worker_meta is not None or connector_output.failed_recving
+        if has_news and not self._hooks.off:
             self._hooks.run("update_connector_output", lambda: self._take_output(connector_output), None)
 
     def _take_output(self, connector_output: KVConnectorOutput) -> None:
@@ -376,17 +377,22 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, OffloadingConnectorMetadata)
+        if not (kv_connector_metadata.jobs_to_flush or self._has_deferred_stores()):
+            return
+
         def body() -> bool:
             super(LMCacheConnectorV1, self).handle_preemptions(kv_connector_metadata)
             return True
 
         if not self._hooks.run("handle_preemptions", body, False):  # their blocks may be overwritten under the copy
-            assert isinstance(kv_connector_metadata, OffloadingConnectorMetadata)
             self._failed_jobs |= kv_connector_metadata.jobs_to_flush or set()
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._hooks.run("reload", self._tuning.tick, None)
+        if not (self._metadata.load_jobs or self._has_deferred_stores()):
+            return
 
         def body() -> bool:
             super(LMCacheConnectorV1, self).start_load_kv(forward_context, **kwargs)
@@ -394,6 +400,11 @@ class LMCacheConnectorV1(OffloadingConnector):
 
         if not self._hooks.run("start_load_kv", body, False):
             self._give_up({job_id: job.req_id for job_id, job in self._metadata.load_jobs.items()})
+
+    def _has_deferred_stores(self) -> bool:
+        """Whether stores of the last step are to be submitted: vLLM waits with them until its tokens are out."""
+        assert self.connector_worker is not None
+        return bool(self.connector_worker._unsubmitted_store_jobs)
 
     def _give_up(self, loads: dict[int, str]) -> None:
         """Report loads (job -> request) as failed, once no copy runs: their blocks go to other requests."""
@@ -408,7 +419,8 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def wait_for_save(self) -> None:
-        self._hooks.run("wait_for_save", super().wait_for_save, None)
+        if self._metadata.store_jobs:
+            self._hooks.run("wait_for_save", super().wait_for_save, None)
 
     @override
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:

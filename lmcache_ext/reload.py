@@ -131,6 +131,10 @@ class ConfigWatcher:
         if self._thread is not None:
             self._thread.join(self._interval_s)
 
+    def has_news(self, seen: Status) -> bool:
+        """Whether there is something to take, or another status than `seen`; without a lock, for every step."""
+        return self._status is not seen or not self._reloads.empty()
+
     def take(self) -> Reload | None:
         """The next change to apply, if there is one."""
         if self._reloads.empty():

@@ -62,6 +62,12 @@ class Lookups(AsyncLookupManager):
         return answers
 
     @override
+    def flush(self) -> None:
+        if self._lookup_batch or not self._pending_results.empty():
+            super().flush()
+        self._need_to_drain = True
+
+    @override
     def cleanup(self, req_id: str) -> None:
         keys = self._req_keys.get(req_id, ())
         super().cleanup(req_id)

@@ -236,16 +236,14 @@ class StoredTier(SecondaryTierManager):
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results: list[JobResult] = []
-        while True:
-            try:
-                result = self._finished.get_nowait()
-            except queue.Empty:
-                return results
+        while not self._finished.empty():
+            result = self._finished.get_nowait()
             if result.job_id in self._loading:
                 self._forget_load(result)
             elif self.limits.min_uses > 1:
                 self._admission.written(result.successful_keys or ())
             results.append(result)
+        return results
 
     @override
     def drain_jobs(self) -> None:

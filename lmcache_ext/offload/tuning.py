@@ -56,6 +56,8 @@ class Tuning:
 
     def tick(self) -> None:
         """Apply what is new; between steps only."""
+        if not self._watcher.has_news(self._status):
+            return
         status = self._watcher.status
         while (found := self._watcher.take()) is not None:
             self._apply(found)

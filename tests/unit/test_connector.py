@@ -170,8 +170,9 @@ REQUEST_HOOKS = {
     "get_external_cache_hit_sources": (lambda e, r: e.scheduler.get_external_cache_hit_sources(r, 32), {}),
     "update_state_after_alloc": (lambda e, r: e.scheduler.update_state_after_alloc(r, None, 32), None),
 }
+NEWS = KVConnectorOutput(kv_connector_worker_meta=LMCacheWorkerMetadata())
 ENGINE_HOOKS = {
-    "update_connector_output": (lambda e, r: e.scheduler.update_connector_output(KVConnectorOutput()), None),
+    "update_connector_output": (lambda e, r: e.scheduler.update_connector_output(NEWS), None),
     "has_pending_push_work": (lambda e, r: e.scheduler.has_pending_push_work(), False),
     "request_finished": (lambda e, r: e.scheduler.request_finished(r, []), (False, None)),
     "take_events": (lambda e, r: list(e.scheduler.take_events()), []),
