@@ -17,7 +17,7 @@ from lmcache_ext.errors import BadPayload, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import call, native
 from lmcache_ext.ops.layout import Layout, Struct
 
-ABI = 2  # kvx_cachegen_abi() in csrc/cachegen.cpp
+ABI = 3  # kvx_cachegen_abi() in csrc/cachegen.cpp
 
 Bins = npt.NDArray[np.float32]
 """(layers, 2): of keys and of values, how many steps cover eight standard deviations."""
@@ -40,7 +40,7 @@ def available() -> bool:
 
 
 def instruction_sets() -> range:
-    """What `decode` can be told to run on here: 1 is plain C++, then AVX2, then AVX-512."""
+    """What both can be told to run on here: 1 is plain C++, then AVX2, then AVX-512."""
     return range(1, _loaded().kvx_cachegen_isa() + 1)
 
 
@@ -56,15 +56,19 @@ def bound(layout: Layout) -> int:
     return layout.row_bytes + 24 + layout.layers * (8 + 2 * (4 * layout.heads + 136 * streams) + 4 * lines)
 
 
-def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
-    """The payload of a row of `layout.row_bytes`; with half the bins, or less, where it would exceed `bound`."""
+def encode(layout: Layout, bins: Bins, row: memoryview, isa: int = 0) -> memoryview:
+    """The payload of a row of `layout.row_bytes`; with half the bins, or less, where it would exceed `bound`.
+
+    `isa` 0 is the best here, else one of `instruction_sets`; it does not show in the payload.
+    """
     source = call.row_of(layout, row)
+    _check_isa(isa)
     if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
         raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
     out = np.empty(bound(layout) + _SLACK_BYTES, dtype=np.uint8)  # mostly untouched, so mostly no memory
     while True:
         steps = np.ascontiguousarray(bins)
-        arguments = (layout.struct, steps.ctypes.data, source.ctypes.data, out.ctypes.data, out.size)
+        arguments = (layout.struct, steps.ctypes.data, source.ctypes.data, out.ctypes.data, out.size, isa)
         written = int(_loaded().kvx_cachegen_encode(*arguments))
         if 0 <= written <= bound(layout):
             return out[:written].copy().data  # the rest of `out` must not live as long as the payload
@@ -72,16 +76,20 @@ def encode(layout: Layout, bins: Bins, row: memoryview) -> memoryview:
 
 
 def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> None:
-    """Fill the elements of a row from a payload. `isa` 0 is the best here, else one of `instruction_sets`."""
+    """Fill the elements of a row from a payload."""
     target = call.row_of(layout, row)
     call.check_writable("row", row)
-    if isa != 0 and isa not in instruction_sets():
-        raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
+    _check_isa(isa)
     source = call.flat(coded)
     arguments = (layout.struct, source.ctypes.data, source.size, target.ctypes.data, isa)
     result = int(_loaded().kvx_cachegen_decode(*arguments))
     if result < 0:
         raise call.refusal(REFUSALS, result, found=source.size)
+
+
+def _check_isa(isa: int) -> None:
+    if isa != 0 and isa not in instruction_sets():
+        raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
 
 
 def _loaded() -> ctypes.CDLL:
@@ -93,7 +101,7 @@ def _library() -> ctypes.CDLL | None:
     library = native.load("_cachegen", "kvx_cachegen_abi", ABI)
     if library is not None:
         layout, pointer, int64 = ctypes.POINTER(Struct), ctypes.c_void_p, ctypes.c_int64
-        library.kvx_cachegen_encode.argtypes = [layout, pointer, pointer, pointer, int64]
+        library.kvx_cachegen_encode.argtypes = [layout, pointer, pointer, pointer, int64, ctypes.c_int32]
         library.kvx_cachegen_decode.argtypes = [layout, pointer, int64, pointer, ctypes.c_int32]
         library.kvx_cachegen_encode.restype = library.kvx_cachegen_decode.restype = int64
     return library

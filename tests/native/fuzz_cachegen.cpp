@@ -53,12 +53,12 @@ bool attack(Random& random) {
   for (uint8_t& byte : row) byte = static_cast<uint8_t>(random() % 2 ? random() : 0x3f);
   const std::vector<float> bins(static_cast<size_t>(2 * layout.layers), random() % 2 ? 12.0f : 200.0f);
   Bytes payload(row.size() * 4 + 16384), twin(payload.size());
-  const int64_t written = kvx_cachegen_encode(&layout, bins.data(), row.data(), payload.data(), size_of(payload));
+  const auto isa = static_cast<int32_t>(1 + random() % static_cast<uint64_t>(kvx_cachegen_isa()));
+  const int64_t written = kvx_cachegen_encode(&layout, bins.data(), row.data(), payload.data(), size_of(payload), isa);
   if (written < 0) return fuzz::failed("refused an honest row", written);
   twin.resize(static_cast<size_t>(written)), payload.resize(static_cast<size_t>(written));
   Device encoder(random, layout, bins, true), decoder(random, layout, bins, false);
   if (encoder.code(true, &row, &twin) != written || twin != payload) return fuzz::failed("another payload");
-  const auto isa = static_cast<int32_t>(1 + random() % static_cast<uint64_t>(kvx_cachegen_isa()));
   if (kvx_cachegen_decode(&layout, payload.data(), written, row.data(), isa) != 0) return fuzz::failed("lost a row");
   for (int i = 0; i < 20; ++i) {
     if (!decode_alike(layout, &decoder, fuzz::damaged(random, payload, 120), row, isa)) return false;

@@ -25,7 +25,11 @@ def bins_of(layout: Layout, keys: float = 48, values: float = 12) -> cachegen.Bi
 
 
 def encode(layout: Layout, row: bytes, bins: cachegen.Bins | None = None) -> bytes:
-    return bytes(cachegen.encode(layout, bins_of(layout) if bins is None else bins, memoryview(row)))
+    """The payload, which every instruction set must write alike."""
+    bins = bins_of(layout) if bins is None else bins
+    payload, *others = (bytes(cachegen.encode(layout, bins, memoryview(row), isa)) for isa in ISAS)
+    assert all(other == payload for other in others)
+    return payload
 
 
 def decode(layout: Layout, payload: bytes, row: bytes, isa: int = 0) -> bytes:

@@ -91,6 +91,7 @@ struct Encoder {
   std::vector<Line> lines;
   std::vector<uint8_t> symbols;  // of all lines of a stream in the order of coding
   std::vector<uint8_t> kinds;    // of the same lines
+  std::vector<int32_t> order;    // of the lines of a head
   std::vector<int32_t> escapes;  // of all streams of a part
 };
 
@@ -106,66 +107,91 @@ void order_lines(int64_t dim, const Kind& kind, std::vector<int32_t>* order) {
   }
 }
 
-void quantise_head(const Part& part, float step, Encoder* state) {
-  const float inverse = inverse_of(step);
-  const int64_t tokens = part.tokens();
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t d = 0; d < part.dim; ++d) {
-      state->q[static_cast<size_t>(d * tokens + t)] = quantise(state->x[static_cast<size_t>(t * part.dim + d)], inverse);
+constexpr int64_t kTile = 16;
+
+// q: (dim, tokens) from x: (tokens, dim). In tiles, so that both sides are in caches.
+void quantise_head(const float* x, int64_t tokens, int64_t dim, float inverse, int32_t* q) {
+  int32_t tile[kTile * kTile];
+  for (int64_t t = 0; t < tokens; t += kTile) {
+    const int64_t rows = std::min(kTile, tokens - t);
+    for (int64_t d = 0; d < dim; d += kTile) {
+      const int64_t columns = std::min(kTile, dim - d);
+      if (rows < kTile || columns < kTile) {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) q[(d + j) * tokens + t + i] = quantise(x[(t + i) * dim + d + j], inverse);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < kTile; ++i) {
+        for (int64_t j = 0; j < kTile; ++j) tile[i * kTile + j] = quantise(x[(t + i) * dim + d + j], inverse);
+      }
+      for (int64_t j = 0; j < kTile; ++j) {
+        for (int64_t i = 0; i < kTile; ++i) q[(d + j) * tokens + t + i] = tile[i * kTile + j];
+      }
     }
   }
 }
 
-// Appends one head's symbols to the state; returns its step.
+// Makes symbols of residuals; returns how many escape.
+int64_t symbols_of(const int32_t* residuals, int64_t tokens, int32_t reach, uint8_t* out) {
+  int32_t escapes = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const bool fits = residuals[t] >= -reach && residuals[t] <= reach;
+    out[t] = static_cast<uint8_t>(fits ? residuals[t] + kReach : kEscape);
+    escapes += !fits;
+  }
+  return escapes;
+}
+
+// Adds one head's symbols to the state; returns its step.
 float encode_head(const Part& part, int64_t head, const uint8_t* row, float bins, Encoder* state) {
   const int64_t tokens = part.tokens();
   load_head(part, head, row, state->x.data());
   const float spread = deviation(state->x.data(), tokens, part.dim, state->mean.data(), state->square.data());
   const float step = step_of(spread, bins);
-  quantise_head(part, step, state);
+  quantise_head(state->x.data(), tokens, part.dim, inverse_of(step), state->q.data());
   Line* lines = state->lines.data() + head * part.dim;
   for (int64_t d = 0; d < part.dim; ++d) lines[d] = predict(state->q.data() + d * tokens, tokens);
-  std::vector<int32_t> order;
-  order_lines(part.dim, [&](int32_t d) { return lines[d].kind; }, &order);
-  for (const int32_t d : order) {
-    state->kinds.push_back(lines[d].kind);
+  order_lines(part.dim, [&](int32_t d) { return lines[d].kind; }, &state->order);
+  for (const int32_t d : state->order) {
     const int32_t* residuals = state->q.data() + d * tokens;
-    const rans::Model& model = models().model[lines[d].kind & ~kDelta];
-    for (int64_t t = 0; t < tokens; ++t) {
-      const auto symbol = static_cast<uint32_t>(residuals[t] + kReach);
-      const bool fits = symbol < kEscape && model.frequency[symbol] != 0;
-      state->symbols.push_back(fits ? static_cast<uint8_t>(symbol) : kEscape);
-      if (!fits) state->escapes.push_back(residuals[t]);
+    uint8_t* const symbols = state->symbols.data() + static_cast<int64_t>(state->kinds.size()) * tokens;
+    const int64_t escapes = symbols_of(residuals, tokens, models().reach[lines[d].kind & ~kDelta], symbols);
+    state->kinds.push_back(lines[d].kind);
+    for (int64_t t = 0; escapes > 0 && t < tokens; ++t) {
+      if (symbols[t] == kEscape) state->escapes.push_back(residuals[t]);
     }
   }
   return step;
 }
 
 // Codes lines from the last to the first, groups of 32 tokens from the last to the first, backwards from `end`.
+template <rans::Isa isa>
 uint8_t* encode_stream(const Encoder& state, int64_t tokens, uint8_t* begin, uint8_t* end) {
   uint32_t states[rans::kLanes];
   std::fill(states, states + rans::kLanes, rans::kLow);
   uint8_t* out = end;
   for (auto line = static_cast<int64_t>(state.kinds.size()) - 1; line >= 0; --line) {
-    const rans::EncodeEntry* entries = models().encode[state.kinds[static_cast<size_t>(line)] & ~kDelta];
+    const int k = state.kinds[static_cast<size_t>(line)] & ~kDelta;
     const uint8_t* symbols = state.symbols.data() + line * tokens;
-    out = rans::encode_onto(symbols, tokens, entries, begin, out, states);
+    out = rans::encode_onto<isa>(symbols, tokens, models().encode[k], models().wide[k], begin, out, states);
     if (out == nullptr) return nullptr;
   }
   return rans::finish(begin, out, states);
 }
 
 // Writes one stream in [at, end), whose steps belong at `steps` and sizes at `sizes`; returns where it ends, or null.
+template <rans::Isa isa>
 uint8_t* encode_heads(const Part& part, int32_t stream, const uint8_t* row, float bins, Encoder* state, uint8_t* steps,
                       uint8_t* sizes, uint8_t* at, uint8_t* end) {
   const size_t escapes_before = state->escapes.size();
-  state->symbols.clear(), state->kinds.clear();
+  state->kinds.clear();
   for (int32_t head = part.first_head(stream); head < part.end_head(stream); ++head) {
     store(steps + 4 * head, encode_head(part, head, row, bins, state));
   }
   const auto escape_bytes = static_cast<int64_t>(4 * state->escapes.size());
   if (end - at < escape_bytes) return nullptr;
-  uint8_t* const words = encode_stream(*state, part.tokens(), at, end - escape_bytes);
+  uint8_t* const words = encode_stream<isa>(*state, part.tokens(), at, end - escape_bytes);
   if (words == nullptr) return nullptr;
   const int64_t bytes = end - escape_bytes - words;
   store(sizes, static_cast<uint32_t>(state->escapes.size() - escapes_before));
@@ -175,13 +201,14 @@ uint8_t* encode_heads(const Part& part, int32_t stream, const uint8_t* row, floa
 }
 
 // Writes the body of a part at `out`; returns its length or a Refusal.
+template <rans::Isa isa>
 int64_t encode_part(const Part& part, const uint8_t* row, float bins, Encoder* state, uint8_t* out, uint8_t* end) {
   if (end - out < part.fixed_bytes()) return kNoRoom;
   state->escapes.clear();
   uint8_t* at = out + part.fixed_bytes();
   for (int32_t stream = 0; stream < part.streams(); ++stream) {
     uint8_t* const sizes = out + part.sizes_at() + 8 * stream;
-    at = encode_heads(part, stream, row, bins, state, out, sizes, at, end);
+    at = encode_heads<isa>(part, stream, row, bins, state, out, sizes, at, end);
     if (at == nullptr) return kNoRoom;
   }
   for (int64_t line = 0; line < part.lines(); ++line) {
@@ -197,27 +224,74 @@ int64_t encode_part(const Part& part, const uint8_t* row, float bins, Encoder* s
 
 struct Decoder {
   std::vector<float> x;
+  std::vector<int32_t> q;  // (dim, tokens) of a head
   std::vector<uint8_t> symbols;
   std::vector<int32_t> order;
 };
 
-// x[t * dim] for the tokens of a line, from its symbols; false where its escapes run out.
-bool decode_line(const uint8_t* symbols, int64_t tokens, uint8_t kind, int32_t mean, float step, const uint8_t** escapes,
-                 const uint8_t* end, float* x, int64_t dim) {
-  uint32_t last = static_cast<uint32_t>(mean);  // wraps around on made-up residuals
-  const bool delta = (kind & kDelta) != 0;
+// q[0, tokens) of a line from its symbols, where none escapes. Sums wrap around on made-up residuals.
+void add_up(const uint8_t* symbols, int64_t tokens, bool delta, int32_t mean, int32_t* q) {
+  if (!delta) {
+    for (int64_t t = 0; t < tokens; ++t) q[t] = mean + symbols[t] - kReach;
+    return;
+  }
+  auto last = static_cast<uint32_t>(mean);
   for (int64_t t = 0; t < tokens; ++t) {
-    uint32_t residual = static_cast<uint32_t>(symbols[t]) - kReach;
+    last += symbols[t] - static_cast<uint32_t>(kReach);
+    q[t] = static_cast<int32_t>(last);
+  }
+}
+
+// The same of any line; false where its escapes run out.
+bool add_up_escapes(const uint8_t* symbols, int64_t tokens, bool delta, int32_t mean, const uint8_t** escapes,
+                    const uint8_t* end, int32_t* q) {
+  auto last = static_cast<uint32_t>(mean);
+  for (int64_t t = 0; t < tokens; ++t) {
+    uint32_t residual = symbols[t] - static_cast<uint32_t>(kReach);
     if (symbols[t] == kEscape) {
       if (end - *escapes < 4) return false;
       residual = load<uint32_t>(*escapes);
       *escapes += 4;
     }
-    const uint32_t q = last + residual;
-    x[t * dim] = static_cast<float>(static_cast<int32_t>(q)) * step;
-    if (delta) last = q;
+    q[t] = static_cast<int32_t>(last + residual);
+    if (delta) last += residual;
   }
   return true;
+}
+
+bool decode_line(const uint8_t* symbols, int64_t tokens, uint8_t kind, int32_t mean, const uint8_t** escapes,
+                 const uint8_t* end, int32_t* q) {
+  const bool delta = (kind & kDelta) != 0;
+  uint8_t escaped = 0;
+  for (int64_t t = 0; t < tokens; ++t) escaped |= symbols[t] == kEscape;
+  if (escaped != 0) return add_up_escapes(symbols, tokens, delta, mean, escapes, end, q);
+  add_up(symbols, tokens, delta, mean, q);
+  return true;
+}
+
+float restored(int32_t q, float step) { return tame(static_cast<float>(q) * step); }
+
+// x: (tokens, dim) from q: (dim, tokens), in tiles as quantise_head.
+void restore_head(const int32_t* q, int64_t tokens, int64_t dim, float step, float* x) {
+  float tile[kTile * kTile];
+  for (int64_t t = 0; t < tokens; t += kTile) {
+    const int64_t rows = std::min(kTile, tokens - t);
+    for (int64_t d = 0; d < dim; d += kTile) {
+      const int64_t columns = std::min(kTile, dim - d);
+      if (rows < kTile || columns < kTile) {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) x[(t + i) * dim + d + j] = restored(q[(d + j) * tokens + t + i], step);
+        }
+        continue;
+      }
+      for (int64_t j = 0; j < kTile; ++j) {
+        for (int64_t i = 0; i < kTile; ++i) tile[j * kTile + i] = restored(q[(d + j) * tokens + t + i], step);
+      }
+      for (int64_t i = 0; i < kTile; ++i) {
+        for (int64_t j = 0; j < kTile; ++j) x[(t + i) * dim + d + j] = tile[j * kTile + i];
+      }
+    }
+  }
 }
 
 // Fills the heads of one stream of a part from [stream, stream + bytes) and from escapes, which it moves on.
@@ -225,20 +299,19 @@ bool decode_heads(const Part& part, int32_t which, const uint8_t* body, const ui
                   const uint8_t** escapes, const uint8_t* escapes_end, rans::Isa isa, Decoder* state, uint8_t* row) {
   rans::Reader reader;
   if (!rans::open(stream, bytes, &reader)) return false;
+  const int64_t tokens = part.tokens();
   for (int32_t head = part.first_head(which); head < part.end_head(which); ++head) {
     const uint8_t* kind = body + part.kinds_at() + head * part.dim;
-    const float step = tame(load<float>(body + 4 * head));
+    const uint8_t* means = body + part.means_at() + 2 * (static_cast<int64_t>(head) * part.dim);
     order_lines(part.dim, [&](int32_t d) { return kind[d]; }, &state->order);
     for (const int32_t d : state->order) {
       const rans::DecodeTable& table = models().decode[kind[d] & ~kDelta];
-      if (!rans::decode_from(&reader, table, state->symbols.data(), part.tokens(), isa)) return false;
-      const auto mean = load<int16_t>(body + part.means_at() + 2 * (static_cast<int64_t>(head) * part.dim + d));
-      if (!decode_line(state->symbols.data(), part.tokens(), kind[d], mean, step, escapes, escapes_end,
-                       state->x.data() + d, part.dim)) {
-        return false;
-      }
+      if (!rans::decode_from(&reader, table, state->symbols.data(), tokens, isa)) return false;
+      int32_t* const q = state->q.data() + d * tokens;
+      const auto mean = load<int16_t>(means + 2 * d);
+      if (!decode_line(state->symbols.data(), tokens, kind[d], mean, escapes, escapes_end, q)) return false;
     }
-    for (float& value : state->x) value = tame(value);
+    restore_head(state->q.data(), tokens, part.dim, tame(load<float>(body + 4 * head)), state->x.data());
     store_head(part, head, state->x.data(), row);
   }
   return rans::at_end(reader);
@@ -268,30 +341,22 @@ bool decode_part(const Part& part, const uint8_t* body, int64_t bytes, rans::Isa
   return true;
 }
 
-}  // namespace
-
-// Raised with every change of the interface below; ops/cachegen.py refuses another.
-KVX_EXPORT int32_t kvx_cachegen_abi() { return 2; }
-
-// The best instruction set of this machine, as rans::Isa.
-KVX_EXPORT int32_t kvx_cachegen_isa() { return static_cast<int32_t>(rans::best_isa()); }
-
-// Writes the payload of a row to out[0, out_bytes); returns its length or a Refusal. `bins` holds two numbers for each
-// layer, of its keys and of its values: how many steps cover kSpread standard deviations.
-KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bins, const uint8_t* row, uint8_t* out,
-                                       int64_t out_bytes) {
-  if (out_bytes < directory_end(*layout)) return kNoRoom;
-  const auto dim = static_cast<size_t>(std::max(layout->k_dim, layout->v_dim));
-  const auto tokens = static_cast<size_t>(layout->blocks) * static_cast<size_t>(layout->tokens);
+// Writes the payload of a row to out[0, out_bytes); returns its length or a Refusal.
+template <rans::Isa isa>
+int64_t encode_row(const kvx_layout& layout, const float* bins, const uint8_t* row, uint8_t* out, int64_t out_bytes) {
+  if (out_bytes < directory_end(layout)) return kNoRoom;
+  const auto dim = static_cast<size_t>(std::max(layout.k_dim, layout.v_dim));
+  const auto tokens = static_cast<size_t>(tokens_of(layout));
   Encoder state;
   state.x.resize(tokens * dim), state.q.resize(tokens * dim);
   state.mean.resize(dim), state.square.resize(dim);
-  state.lines.resize(static_cast<size_t>(layout->heads) * dim);
-  write_header(*layout, kVersion, stream_heads(*layout), out);
-  uint8_t* body = out + directory_end(*layout);
-  for (int64_t i = 0; i < 2 * layout->layers; ++i) {
-    const Part part = part_of(*layout, stream_heads(*layout), i);
-    const int64_t bytes = encode_part(part, row, bins[i], &state, body, out + out_bytes);
+  state.lines.resize(static_cast<size_t>(layout.heads) * dim);
+  state.symbols.resize(static_cast<size_t>(stream_heads(layout)) * tokens * dim);
+  write_header(layout, kVersion, stream_heads(layout), out);
+  uint8_t* body = out + directory_end(layout);
+  for (int64_t i = 0; i < 2 * layout.layers; ++i) {
+    const Part part = part_of(layout, stream_heads(layout), i);
+    const int64_t bytes = encode_part<isa>(part, row, bins[i], &state, body, out + out_bytes);
     if (bytes < 0) return bytes;
     store(out + kHeaderBytes + 4 * i, static_cast<uint32_t>(bytes));
     body += bytes;
@@ -299,26 +364,46 @@ KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bi
   return body - out;
 }
 
+int64_t decode_row(const kvx_layout& layout, const uint8_t* coded, int64_t coded_bytes, rans::Isa isa, uint8_t* row) {
+  const int64_t heads = read_header(layout, coded, coded_bytes);
+  if (heads < 0) return heads;
+  int64_t total = directory_end(layout);
+  for (int64_t i = 0; i < 2 * layout.layers; ++i) total += load<uint32_t>(coded + kHeaderBytes + 4 * i);
+  if (total != coded_bytes) return kBadDirectory;
+  const auto tokens = static_cast<size_t>(tokens_of(layout));
+  const auto dim = static_cast<size_t>(std::max(layout.k_dim, layout.v_dim));
+  Decoder state;
+  state.x.resize(tokens * dim), state.q.resize(tokens * dim), state.symbols.resize(tokens);
+  const uint8_t* body = coded + directory_end(layout);
+  for (int64_t i = 0; i < 2 * layout.layers; ++i) {
+    const int64_t bytes = load<uint32_t>(coded + kHeaderBytes + 4 * i);
+    const Part part = part_of(layout, static_cast<int32_t>(heads), i);
+    if (!decode_part(part, body, bytes, isa, &state, row)) return kBadBody;
+    body += bytes;
+  }
+  return 0;
+}
+
+rans::Isa chosen(int32_t isa) { return isa == 0 ? rans::best_isa() : static_cast<rans::Isa>(isa); }
+
+}  // namespace
+
+// Raised with every change of the interface below; ops/cachegen.py refuses another.
+KVX_EXPORT int32_t kvx_cachegen_abi() { return 3; }
+
+// The best instruction set of this machine, as rans::Isa.
+KVX_EXPORT int32_t kvx_cachegen_isa() { return static_cast<int32_t>(rans::best_isa()); }
+
+// Writes the payload of a row to out[0, out_bytes); returns its length or a Refusal. `bins` holds two numbers for each
+// layer, of its keys and of its values: how many steps cover kSpread standard deviations. `isa` is a rans::Isa.
+KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bins, const uint8_t* row, uint8_t* out,
+                                       int64_t out_bytes, int32_t isa) {
+  return rans::on(chosen(isa), [&](auto set) { return encode_row<set>(*layout, bins, row, out, out_bytes); });
+}
+
 // Fills the elements of a row from a payload, and only them; returns 0 or a Refusal. Whatever the payload holds, it reads
 // and writes within both.
 KVX_EXPORT int64_t kvx_cachegen_decode(const kvx_layout* layout, const uint8_t* coded, int64_t coded_bytes, uint8_t* row,
                                        int32_t isa) {
-  const int64_t heads = read_header(*layout, coded, coded_bytes);
-  if (heads < 0) return heads;
-  int64_t total = directory_end(*layout);
-  for (int64_t i = 0; i < 2 * layout->layers; ++i) total += load<uint32_t>(coded + kHeaderBytes + 4 * i);
-  if (total != coded_bytes) return kBadDirectory;
-  const auto tokens = static_cast<size_t>(layout->blocks) * static_cast<size_t>(layout->tokens);
-  const auto dim = static_cast<size_t>(std::max(layout->k_dim, layout->v_dim));
-  Decoder state;
-  state.x.resize(tokens * dim), state.symbols.resize(tokens);
-  const rans::Isa chosen = isa == 0 ? rans::best_isa() : static_cast<rans::Isa>(isa);
-  const uint8_t* body = coded + directory_end(*layout);
-  for (int64_t i = 0; i < 2 * layout->layers; ++i) {
-    const int64_t bytes = load<uint32_t>(coded + kHeaderBytes + 4 * i);
-    const Part part = part_of(*layout, static_cast<int32_t>(heads), i);
-    if (!decode_part(part, body, bytes, chosen, &state, row)) return kBadBody;
-    body += bytes;
-  }
-  return 0;
+  return rans::on(chosen(isa), [&](auto set) { return decode_row(*layout, coded, coded_bytes, set, row); });
 }

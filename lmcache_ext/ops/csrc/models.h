@@ -56,18 +56,29 @@ inline void fit_class(int k, rans::Model* model) {
   rans::fit(counts, total, model);
 }
 
+// Weights fall from the middle on, so those that are left stand side by side.
+inline int32_t reach_of(const rans::Model& model) {
+  int32_t reach = 0;
+  while (reach < kReach && model.frequency[kReach + reach + 1] != 0) ++reach;
+  return reach;
+}
+
 struct Models {
+  rans::WideEntries wide[kClasses];
   rans::Model model[kClasses];
+  int32_t reach[kClasses];  // residuals from -reach to reach have a frequency
   rans::EncodeEntry encode[kClasses][rans::kMaxSymbols];
   rans::DecodeTable decode[kClasses];
 };
 
-// All of them, made at the first call; 650 KiB.
+// All of them, made at the first call; 750 KiB.
 inline const Models& models() {
   static const std::unique_ptr<const Models> made = [] {
     auto all = std::make_unique<Models>();
     for (int k = 0; k < kClasses; ++k) {
       fit_class(k, &all->model[k]);
+      all->reach[k] = reach_of(all->model[k]);
+      rans::fill(all->model[k], &all->wide[k]);
       rans::fill(all->model[k], all->encode[k]);
       rans::fill(all->model[k], &all->decode[k]);
     }

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "rans_model.h"
 
@@ -27,12 +28,36 @@ enum class Isa : int32_t { kBest = 0, kScalar = 1, kAvx2 = 2, kAvx512 = 3 };
 inline Isa best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
 #endif
   return Isa::kScalar;
+}
+
+// Runs work(chosen) compiled for an instruction set: the loops in it become vectors of its width. `chosen` is a constant.
+#if defined(__x86_64__)
+
+template <typename Work>
+__attribute__((flatten, target("avx512f,avx512bw,avx512vl,avx512dq,popcnt"))) auto on_avx512(const Work& work) {
+  return work(std::integral_constant<Isa, Isa::kAvx512>());
+}
+
+template <typename Work>
+__attribute__((flatten, target("avx2,popcnt"))) auto on_avx2(const Work& work) {
+  return work(std::integral_constant<Isa, Isa::kAvx2>());
+}
+
+#endif  // __x86_64__
+
+template <typename Work>
+auto on(Isa isa, const Work& work) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return on_avx512(work);
+  if (isa == Isa::kAvx2) return on_avx2(work);
+#endif
+  return work(std::integral_constant<Isa, Isa::kScalar>());
 }
 
 // ---- encoding
@@ -59,6 +84,65 @@ inline uint8_t* encode_onto(const uint8_t* symbols, int64_t count, const EncodeE
     }
   }
   return out;
+}
+
+#if defined(__x86_64__)
+
+#define RANS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,popcnt")))
+
+// Sixteen lanes, whose words end at `out`; returns where they begin.
+RANS_AVX512 inline uint8_t* code_avx512(const uint8_t* symbols, const WideEntries& entries, uint8_t* out, __m512i* x) {
+  const __m512i symbol = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols)));
+  const __m512i packed = _mm512_i32gather_epi32(symbol, entries.packed, 4);
+  const __m512i frequency = _mm512_and_si512(packed, _mm512_set1_epi32(0xffff));
+  const __mmask16 full = _mm512_cmpge_epu32_mask(*x, _mm512_slli_epi32(frequency, 32 - kBits));
+  const int words = __builtin_popcount(full);
+  out -= 2 * words;
+  const __m256i shed = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, *x));
+  _mm256_mask_storeu_epi16(out, static_cast<__mmask16>((1u << words) - 1), shed);
+  const __m512i y = _mm512_mask_srli_epi32(*x, full, *x, 16);
+  const __m512d low = _mm512_mul_pd(_mm512_cvtepu32_pd(_mm512_castsi512_si256(y)),
+                                    _mm512_i32gather_pd(_mm512_castsi512_si256(symbol), entries.reciprocal, 8));
+  const __m512d high = _mm512_mul_pd(_mm512_cvtepu32_pd(_mm512_extracti64x4_epi64(y, 1)),
+                                     _mm512_i32gather_pd(_mm512_extracti64x4_epi64(symbol, 1), entries.reciprocal, 8));
+  const __m512i quotient =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvttpd_epu32(low)), _mm512_cvttpd_epu32(high), 1);
+  const __m512i complement = _mm512_sub_epi32(_mm512_set1_epi32(kTotal), frequency);
+  const __m512i start = _mm512_srli_epi32(packed, 16);
+  *x = _mm512_add_epi32(_mm512_add_epi32(y, start), _mm512_mullo_epi32(quotient, complement));
+  return out;
+}
+
+// As encode_onto, of whole groups.
+RANS_AVX512 inline uint8_t* encode_avx512(const uint8_t* symbols, int64_t groups, const WideEntries& entries,
+                                          const uint8_t* begin, uint8_t* out, uint32_t* states) {
+  __m512i x[2];
+  std::memcpy(x, states, sizeof(x));
+  for (int64_t group = groups - 1; group >= 0; --group) {
+    if (out - begin < 2 * kLanes) return nullptr;
+    out = code_avx512(symbols + group * kLanes + kLanes / 2, entries, out, &x[1]);
+    out = code_avx512(symbols + group * kLanes, entries, out, &x[0]);
+  }
+  std::memcpy(states, x, sizeof(x));
+  return out;
+}
+
+#endif  // __x86_64__
+
+// As encode_onto, on the instruction set `isa`.
+template <Isa isa>
+inline uint8_t* encode_onto(const uint8_t* symbols, int64_t count, const EncodeEntry* entries, const WideEntries& wide,
+                            uint8_t* begin, uint8_t* out, uint32_t* states) {
+#if defined(__x86_64__)
+  if constexpr (isa == Isa::kAvx512) {
+    const int64_t groups = count / kLanes;
+    if (count % kLanes != 0) {
+      out = encode_onto(symbols + groups * kLanes, count % kLanes, entries, begin, out, states);
+    }
+    return out == nullptr ? nullptr : encode_avx512(symbols, groups, wide, begin, out, states);
+  }
+#endif
+  return encode_onto(symbols, count, entries, begin, out, states);
 }
 
 // Puts the states before the words that begin at `out`; returns where the stream begins, or null.

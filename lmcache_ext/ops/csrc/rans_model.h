@@ -32,6 +32,12 @@ struct EncodeEntry {
   uint16_t complement;  // kTotal - frequency
 };
 
+// The same for coders that divide many states at a time: the start of a frequency's interval << 16 | frequency.
+struct WideEntries {
+  double reciprocal[kMaxSymbols];
+  uint32_t packed[kMaxSymbols];
+};
+
 // Scales counts (`total` of them, at least two symbols) to frequencies that sum to kTotal: rounded,
 // at least one each, the difference settled with the most frequent symbol of the time.
 inline void fit(const uint32_t* counts, uint32_t total, Model* model) {
@@ -81,6 +87,18 @@ inline void fill(const Model& model, DecodeTable* table) {
     for (uint32_t i = 0; i < frequency; ++i) {
       table->slot[start + i] = frequency << 20 | i << 8 | s;
     }
+    start += frequency;
+  }
+}
+
+inline void fill(const Model& model, WideEntries* entries) {
+  uint32_t start = 0;
+  for (int s = 0; s < kMaxSymbols; ++s) {
+    const uint32_t frequency = model.frequency[s];
+    // A quotient is below 2^20, and at least 2^-12 below the next whole number where it is none. So a 2^40th too much,
+    // which outweighs what rounding takes away, changes no whole part.
+    entries->reciprocal[s] = frequency == 0 ? 0.0 : (1.0 + 0x1p-40) / frequency;
+    entries->packed[s] = start << 16 | frequency;
     start += frequency;
   }
 }
