@@ -69,7 +69,7 @@ COPY . /opt/src/
 RUN python3 /opt/src/scripts/build_cuda.py \
     && pip wheel --no-deps --wheel-dir /opt/wheels /opt/src
 
-# ---- the cache server
+# ---- the cache server, and the controller
 
 FROM python-base AS server
 COPY --from=build /opt/wheels /opt/wheels

@@ -228,7 +228,7 @@ class Pod:
     def _mapped(self, word: str) -> str:
         """The word with this machine's ports for the manifest's."""
         for port, ours in self.ports.items():
-            word = re.sub(rf"(^|=){port}$", rf"\g<1>{ours}", word)
+            word = re.sub(rf"(^|[=:]){port}(?=$|[,}}])", rf"\g<1>{ours}", word)
         return word
 
     # ---- what kubelet does with it

@@ -11,6 +11,7 @@ import pytest
 
 from lmcache_ext.stores.lmserver import LMServerStore, Settings
 from lmcache_ext.stores.lmserver_socket import Address
+from tests.controllers import Talker
 from tests.deploy.image import Image, image
 from tests.deploy.manifests import DEPLOY, build, of_kind, quantity
 from tests.deploy.pod import Pod
@@ -102,4 +103,25 @@ def test_resp_server_asks_for_the_password_and_keeps_its_limit(tmp_path, overlay
         limit = int(ask("--raw", "CONFIG", "GET", "maxmemory").split()[1])
         assert 0 < limit <= 0.8 * quantity(box["resources"]["limits"]["memory"])
         assert "allkeys-lru" in ask("CONFIG", "GET", "maxmemory-policy")
+        assert pod.stop() == 0
+
+
+def test_controller_answers_its_probes_and_asks_engines_for_the_token(tmp_path):
+    found, maps = workload("controller", "Deployment", "lmcache-controller")
+    ports = {port: free_port() for port in (9000, 8300, 8400)}
+    pod = Pod(
+        "c",
+        found["spec"]["template"]["spec"],
+        image("server"),
+        tmp_path,
+        config_maps=maps,
+        secrets=SECRETS,
+        ports=ports,
+    )
+    with running(pod):
+        assert pod.probe("readinessProbe")
+        assert pod.probe("livenessProbe")
+        assert Talker(ports[8400], token="wrong").hello["code"] == "token"
+        for port in (8300, 8400):
+            assert Talker(ports[port], token=PASSWORD).hello["ok"]
         assert pod.stop() == 0
