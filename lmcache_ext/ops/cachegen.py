@@ -62,7 +62,7 @@ def encode(layout: Layout, bins: Bins, row: memoryview, isa: int = 0) -> memoryv
     `isa` 0 is the best here, else one of `instruction_sets`; it does not show in the payload.
     """
     source = call.row_of(layout, row)
-    _check_isa(isa)
+    call.check_isa(isa, instruction_sets())
     if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
         raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
     out = np.empty(bound(layout) + _SLACK_BYTES, dtype=np.uint8)  # mostly untouched, so mostly no memory
@@ -79,17 +79,12 @@ def decode(layout: Layout, coded: memoryview, row: memoryview, isa: int = 0) -> 
     """Fill the elements of a row from a payload."""
     target = call.row_of(layout, row)
     call.check_writable("row", row)
-    _check_isa(isa)
+    call.check_isa(isa, instruction_sets())
     source = call.flat(coded)
     arguments = (layout.struct, source.ctypes.data, source.size, target.ctypes.data, isa)
     result = int(_loaded().kvx_cachegen_decode(*arguments))
     if result < 0:
         raise call.refusal(REFUSALS, result, found=source.size)
-
-
-def _check_isa(isa: int) -> None:
-    if isa != 0 and isa not in instruction_sets():
-        raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
 
 
 def _loaded() -> ctypes.CDLL:

@@ -32,6 +32,12 @@ def check_writable(name: str, view: memoryview) -> None:
         raise ValueError(f"{name}: read-only, expected a writable buffer to decode into")
 
 
+def check_isa(isa: int, known: range) -> None:
+    """0 is the best here, else one of those that are known."""
+    if isa != 0 and isa not in known:
+        raise ValueError(f"isa {isa}: this machine has {list(known)}")
+
+
 def refusal(refusals: Refusals, result: int, **numbers: object) -> FrameError:
     """What a payload was refused for."""
     kind, text = refusals[result]

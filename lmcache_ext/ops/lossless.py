@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lmcache_ext.errors import BadPayload, LengthMismatch, TruncatedFrame, UnsupportedVersion
 from lmcache_ext.ops import call, native
 
-ABI = 1  # kvx_lossless_abi() in csrc/lossless.cpp
+ABI = 2  # kvx_lossless_abi() in csrc/lossless.cpp
 SEGMENT_ELEMENTS = 1 << 16
 ELEMENT_BYTES = (1, 2, 4)
 
@@ -42,7 +42,7 @@ def available() -> bool:
 
 
 def instruction_sets() -> range:
-    """What `decode` can be told to run on here: 1 is plain C++, then AVX2, then AVX-512."""
+    """What both can be told to run on here: 1 is plain C++, then AVX2, then AVX-512."""
     return range(1, _loaded().kvx_lossless_isa() + 1)
 
 
@@ -52,13 +52,17 @@ def bound(raw_bytes: int, element_bytes: int, segment_elements: int = SEGMENT_EL
     return 16 + 4 * segments * element_bytes + raw_bytes
 
 
-def encode(raw: memoryview, element_bytes: int, segment_elements: int = SEGMENT_ELEMENTS) -> memoryview:
-    """The payload of a row of elements of 1, 2 or 4 bytes."""
+def encode(raw: memoryview, element_bytes: int, segment_elements: int = SEGMENT_ELEMENTS, isa: int = 0) -> memoryview:
+    """The payload of a row of elements of 1, 2 or 4 bytes.
+
+    `isa` 0 is the best this machine has, else one of `instruction_sets`; it does not show in the payload.
+    """
+    call.check_isa(isa, instruction_sets())
     if element_bytes not in ELEMENT_BYTES or not 1 <= segment_elements <= 1 << 18:
         raise ValueError(f"{element_bytes} bytes per element, {segment_elements} elements per segment: out of range")
     flat = call.flat(raw)
     out = np.empty(bound(flat.size, element_bytes, segment_elements), dtype=np.uint8)
-    pointers = (flat.ctypes.data, flat.size, element_bytes, segment_elements, out.ctypes.data, out.size)
+    pointers = (flat.ctypes.data, flat.size, element_bytes, segment_elements, out.ctypes.data, out.size, isa)
     written = int(_loaded().kvx_lossless_encode(*pointers))
     if written == _NO_MEMORY:
         raise MemoryError(f"no scratch to encode {flat.size} bytes")
@@ -68,11 +72,10 @@ def encode(raw: memoryview, element_bytes: int, segment_elements: int = SEGMENT_
 
 
 def decode(coded: memoryview, raw: memoryview, isa: int = 0) -> None:
-    """Fill `raw` from a payload. `isa` 0 is the best this machine has, else one of `instruction_sets`."""
+    """Fill `raw` from a payload."""
     source, target = call.flat(coded), call.flat(raw)
     call.check_writable("raw", raw)
-    if isa != 0 and isa not in instruction_sets():
-        raise ValueError(f"isa {isa}: this machine has {list(instruction_sets())}")
+    call.check_isa(isa, instruction_sets())
     pointers = (source.ctypes.data, source.size, target.ctypes.data, target.size, isa)
     result = int(_loaded().kvx_lossless_decode(*pointers))
     if result == _NO_MEMORY:
@@ -90,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
     library = native.load("_lossless", "kvx_lossless_abi", ABI)
     if library is not None:
         pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-        library.kvx_lossless_encode.argtypes = [pointer, int64, int64, int64, pointer, int64]
+        library.kvx_lossless_encode.argtypes = [pointer, int64, int64, int64, pointer, int64, ctypes.c_int32]
         library.kvx_lossless_encode.restype = int64
         library.kvx_lossless_decode.argtypes = [pointer, int64, pointer, int64, ctypes.c_int32]
         library.kvx_lossless_decode.restype = int64

@@ -29,11 +29,11 @@ bool attack(Random& random) {
   const Bytes row = row_of(random, static_cast<int64_t>(random() % 9000));
   const auto size = static_cast<int64_t>(row.size());
   Bytes payload(static_cast<size_t>(size + 16 + 4 * element_bytes * (size / element_bytes / segment + 1)));
+  const auto isa = static_cast<int32_t>(1 + random() % static_cast<uint64_t>(kvx_lossless_isa()));
   const int64_t written = kvx_lossless_encode(row.data(), size, element_bytes, segment, payload.data(),
-                                              static_cast<int64_t>(payload.size()));
+                                              static_cast<int64_t>(payload.size()), isa);
   if (written < 0) return fuzz::failed("refused an honest row", written);
   payload.resize(static_cast<size_t>(written));
-  const auto isa = static_cast<int32_t>(1 + random() % static_cast<uint64_t>(kvx_lossless_isa()));
   Bytes back(row.size());
   const int64_t decoded = kvx_lossless_decode(payload.data(), written, back.data(), size, isa);
   if (decoded != size || back != row) return fuzz::failed("lost an honest row", isa);

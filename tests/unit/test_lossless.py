@@ -29,7 +29,10 @@ def normal_row(elements: int, seed: int = 0) -> bytes:
 
 
 def encode(row: bytes, element_bytes: int, segment: int = 1 << 16) -> bytes:
-    return bytes(lossless.encode(memoryview(row), element_bytes, segment))
+    """The payload, which every instruction set must write alike."""
+    payload, *others = (bytes(lossless.encode(memoryview(row), element_bytes, segment, isa)) for isa in ISAS)
+    assert all(other == payload for other in others)
+    return payload
 
 
 def decode(payload: bytes, raw_bytes: int, isa: int = 0) -> bytes:

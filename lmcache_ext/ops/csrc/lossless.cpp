@@ -155,6 +155,7 @@ uint8_t* write_table(const rans::Model& model, int symbols, uint8_t* out) {
 
 // Writes the body of a plane at `out`, of which [out, end) is free; returns its directory entry, or a
 // refusal. `scratch` holds at least 2 * count + 256 bytes.
+template <rans::Isa isa>
 int64_t encode_plane(const uint8_t* plane, int64_t count, uint8_t* scratch, int64_t scratch_bytes,
                      uint8_t* out, const uint8_t* end) {
   uint32_t counts[rans::kMaxSymbols];
@@ -172,8 +173,10 @@ int64_t encode_plane(const uint8_t* plane, int64_t count, uint8_t* scratch, int6
   if (expected <= count - count / kWorth - 1) {
     rans::EncodeEntry entries[rans::kMaxSymbols];
     rans::fill(model, entries);
+    rans::WideEntries wide;
+    if constexpr (isa == rans::Isa::kAvx512) rans::fill(model, &wide);
     const uint8_t* stream =
-        rans::encode(plane, count, entries, scratch, scratch + scratch_bytes);
+        rans::encode<isa>(plane, count, entries, wide, scratch, scratch + scratch_bytes);
     if (stream == nullptr) return kNoRoom;
     const int64_t stream_bytes = scratch + scratch_bytes - stream;
     if (end - out < table + stream_bytes) return kNoRoom;
@@ -260,17 +263,9 @@ bool directory_adds_up(const uint8_t* coded, int64_t coded_bytes, const Header& 
   return header.first_body + bodies + header.tail_bytes == coded_bytes;
 }
 
-}  // namespace
-
-// Raised with every change of the interface below; ops/lossless.py refuses another.
-KVX_EXPORT int32_t kvx_lossless_abi() { return 1; }
-
-// The best instruction set of this machine, as rans::Isa.
-KVX_EXPORT int32_t kvx_lossless_isa() { return static_cast<int32_t>(rans::best_isa()); }
-
-// Writes the payload of raw[0, raw_bytes) to out[0, out_bytes); returns its length or a Refusal.
-KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, int64_t element_bytes,
-                                       int64_t segment, uint8_t* out, int64_t out_bytes) {
+template <rans::Isa isa>
+int64_t encode_row(const uint8_t* raw, int64_t raw_bytes, int64_t element_bytes, int64_t segment, uint8_t* out,
+                   int64_t out_bytes) {
   if (!is_element(element_bytes) || segment < 1 || segment > kMaxSegment) return kBadHeader;
   const int64_t elements = raw_bytes / element_bytes;
   const int64_t first_body =
@@ -294,7 +289,7 @@ KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, in
     split(raw + begin * element_bytes, count, element_bytes, planes);
     for (int p = 0; p < element_bytes; ++p) {
       const int64_t entry =
-          encode_plane(planes[p], count, scratch, scratch_bytes, body, out + out_bytes);
+          encode_plane<isa>(planes[p], count, scratch, scratch_bytes, body, out + out_bytes);
       if (entry < 0) return entry;
       store(directory, static_cast<uint32_t>(entry));
       directory += 4;
@@ -307,10 +302,7 @@ KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, in
   return body + tail_bytes - out;
 }
 
-// Fills raw[0, raw_bytes) from a payload; returns raw_bytes or a Refusal. Whatever the payload holds,
-// it reads and writes within both.
-KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes, uint8_t* raw,
-                                       int64_t raw_bytes, int32_t isa) {
+int64_t decode_row(const uint8_t* coded, int64_t coded_bytes, uint8_t* raw, int64_t raw_bytes, rans::Isa isa) {
   Header header;
   const int64_t refusal = parse(coded, coded_bytes, raw_bytes, &header);
   if (refusal != 0) return refusal;
@@ -318,7 +310,6 @@ KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes
   const Buffer<uint8_t> memory = allocate<uint8_t>(header.element_bytes * header.segment);
   const Buffer<rans::DecodeTable> table = allocate<rans::DecodeTable>(1);
   if (!memory || !table) return kNoMemory;
-  const rans::Isa chosen = isa == 0 ? rans::best_isa() : static_cast<rans::Isa>(isa);
   const uint8_t* directory = coded + kHeaderBytes;
   const uint8_t* body = coded + header.first_body;
   for (int64_t begin = 0; begin < header.elements; begin += header.segment) {
@@ -329,7 +320,7 @@ KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes
       const auto entry = load<uint32_t>(directory);
       const int64_t bytes = entry & kBodyMask;
       if (!decode_plane(entry >> 30, body, bytes, count, table.get(),
-                        memory.get() + p * header.segment, &planes[p], chosen)) {
+                        memory.get() + p * header.segment, &planes[p], isa)) {
         return kBadBody;
       }
       body += bytes;
@@ -338,4 +329,29 @@ KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes
   }
   std::memcpy(raw + raw_bytes - header.tail_bytes, body, static_cast<size_t>(header.tail_bytes));
   return raw_bytes;
+}
+
+rans::Isa chosen(int32_t isa) { return isa == 0 ? rans::best_isa() : static_cast<rans::Isa>(isa); }
+
+}  // namespace
+
+// Raised with every change of the interface below; ops/lossless.py refuses another.
+KVX_EXPORT int32_t kvx_lossless_abi() { return 2; }
+
+// The best instruction set of this machine, as rans::Isa.
+KVX_EXPORT int32_t kvx_lossless_isa() { return static_cast<int32_t>(rans::best_isa()); }
+
+// Writes the payload of raw[0, raw_bytes) to out[0, out_bytes); returns its length or a Refusal. `isa` is a rans::Isa.
+KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, int64_t element_bytes,
+                                       int64_t segment, uint8_t* out, int64_t out_bytes, int32_t isa) {
+  return rans::on(chosen(isa), [&](auto set) {
+    return encode_row<set>(raw, raw_bytes, element_bytes, segment, out, out_bytes);
+  });
+}
+
+// Fills raw[0, raw_bytes) from a payload; returns raw_bytes or a Refusal. Whatever the payload holds,
+// it reads and writes within both.
+KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes, uint8_t* raw,
+                                       int64_t raw_bytes, int32_t isa) {
+  return rans::on(chosen(isa), [&](auto set) { return decode_row(coded, coded_bytes, raw, raw_bytes, set); });
 }

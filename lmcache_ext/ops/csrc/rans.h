@@ -153,11 +153,12 @@ inline uint8_t* finish(const uint8_t* begin, uint8_t* out, const uint32_t* state
 }
 
 // One stream of symbols under one model, in the end of [begin, end); null where there is no room.
-inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry* entries,
+template <Isa isa>
+inline uint8_t* encode(const uint8_t* symbols, int64_t count, const EncodeEntry* entries, const WideEntries& wide,
                        uint8_t* begin, uint8_t* end) {
   uint32_t states[kLanes];
   for (uint32_t& state : states) state = kLow;
-  uint8_t* const out = encode_onto(symbols, count, entries, begin, end, states);
+  uint8_t* const out = encode_onto<isa>(symbols, count, entries, wide, begin, end, states);
   return out == nullptr ? nullptr : finish(begin, out, states);
 }
 
