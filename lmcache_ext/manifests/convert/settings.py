@@ -16,7 +16,10 @@ FILE = "lmcache_config.yaml"
 DISK_FOLDER = "/kv"
 SPARE = 1.1  # files of the moment between two clearings
 _PD = "prefill and decode are not split here; vLLM's NixlConnector is made for it"
-_CONTROLLER = "the chart's controller is in its router, and there is none; replicas meet in local_disk or remote_url"
+_CONTROLLER = (
+    "the chart's controller is in its router, and there is no router: deploy/components/controller is one of its own, "
+    "and its overlay has the keys for it"
+)
 _P2P = "the chart never sets enable_p2p, so it had no effect"
 
 
