@@ -24,7 +24,7 @@ import numpy as np
 from lmcache_ext.ops import native, pages_numpy
 from lmcache_ext.ops.table import Bytes, Int64s, PageTable, PageTensor
 
-__all__ = ["PageTable", "PageTensor", "backend", "gather_pages", "scatter_pages"]
+__all__ = ["PageTable", "PageTensor", "backend", "check_arguments", "gather_pages", "judge", "scatter_pages"]
 
 ABI = 1  # kvx_abi() in csrc/pages.cpp
 
@@ -37,10 +37,10 @@ def gather_pages(table: PageTable, block_ids: Int64s, rows: Bytes | memoryview, 
     ``block_ids`` and ``row_offsets``: int64 ``(num_blocks,)``. ``rows``: uint8
     ``(rows_bytes,)`` or a contiguous memoryview, writable. Raises ``ValueError``.
     """
-    flat = _check(block_ids, rows, row_offsets)
+    flat = check_arguments(block_ids, rows, row_offsets)
     if not flat.flags.writeable:
         raise ValueError("rows: read-only, expected a writable buffer to gather into")
-    return _judge(_gather()(table, block_ids, flat, row_offsets), table, block_ids, flat, row_offsets)
+    return judge(_gather()(table, block_ids, flat, row_offsets), table, block_ids, flat, row_offsets)
 
 
 def scatter_pages(table: PageTable, block_ids: Int64s, rows: Bytes | memoryview, row_offsets: Int64s) -> int:
@@ -48,8 +48,8 @@ def scatter_pages(table: PageTable, block_ids: Int64s, rows: Bytes | memoryview,
 
     Arguments as for ``gather_pages``; ``rows`` may be read-only. Raises ``ValueError``.
     """
-    flat = _check(block_ids, rows, row_offsets)
-    return _judge(_scatter()(table, block_ids, flat, row_offsets), table, block_ids, flat, row_offsets)
+    flat = check_arguments(block_ids, rows, row_offsets)
+    return judge(_scatter()(table, block_ids, flat, row_offsets), table, block_ids, flat, row_offsets)
 
 
 def backend() -> Literal["native", "numpy"]:
@@ -96,7 +96,7 @@ def _native(function: Any) -> Copy:  # noqa: ANN401  ctypes' function pointers h
     return copy
 
 
-def _check(block_ids: Int64s, rows: Bytes | memoryview, row_offsets: Int64s) -> Bytes:
+def check_arguments(block_ids: Int64s, rows: Bytes | memoryview, row_offsets: Int64s) -> Bytes:
     """Check what the arrays are, and return ``rows`` as a flat view."""
     _check_array("block_ids", block_ids, np.int64)
     _check_array("row_offsets", row_offsets, np.int64)
@@ -122,10 +122,22 @@ def _check_array(name: str, array: np.ndarray[Any, Any], dtype: type[np.generic]
         raise ValueError(f"{name}: axis 0 has a stride of {array.strides[0]} bytes, expected {array.itemsize}")
 
 
-def _judge(result: int, table: PageTable, block_ids: Int64s, rows: Bytes, row_offsets: Int64s) -> int:
-    """Pass bytes copied on; turn a violation into an error that names both numbers."""
+def judge(
+    result: int,
+    table: PageTable,
+    block_ids: Int64s,
+    rows: Bytes,
+    row_offsets: Int64s,
+    *,
+    block_bytes: int | None = None,
+) -> int:
+    """Pass bytes copied on; turn a violation into an error that names both numbers.
+
+    `block_bytes` is what a block takes in a row, where that is not its pages as they are.
+    """
     if result >= 0:
         return result
+    block_bytes = table.block_bytes if block_bytes is None else block_bytes
     index = -result - 1
     if index >= block_ids.size:
         raise ValueError(f"tensor {index - block_ids.size}: {table.tensors[index - block_ids.size]} is out of range")
@@ -133,5 +145,5 @@ def _judge(result: int, table: PageTable, block_ids: Int64s, rows: Bytes, row_of
         raise ValueError(f"block_ids[{index}]: block {block_ids[index]} is outside [0, {table.num_blocks})")
     start = int(row_offsets[index])
     raise ValueError(
-        f"row_offsets[{index}]: bytes [{start}, {start + table.block_bytes}) are outside rows of [0, {rows.size})"
+        f"row_offsets[{index}]: bytes [{start}, {start + block_bytes}) are outside rows of [0, {rows.size})"
     )
