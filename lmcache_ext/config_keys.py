@@ -59,7 +59,9 @@ def _not_needed(note: str, **readers: Reader) -> tuple[Key, ...]:
 
 CACHE_POLICIES = ("LRU", "ARC", "LFU", "FIFO", "MRU")
 SERDES = ("naive", "cachegen", "fp8", "int8", "kivi", "kivi2", "lossless")
+BIT_EXACT_SERDES = ("naive", "lossless")
 LEGACY_SERDES = ("torch", "safetensor", "fast")  # of older LMCache versions: all of them mean plain bytes
+HOST_KV_DTYPES = ("auto", "fp8")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _HASHES = ("builtin", "sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 
@@ -312,6 +314,7 @@ _EXTRA_HONOURED = (
     Key("get_blocking_failed_threshold", whole(1), "live.health.failures_before_open"),
     Key("waiting_time_for_recovery", seconds, "live.health.recovery_s"),
     Key("disk_io_threads", whole(1, 256), "disk_io_threads"),
+    Key("host_kv_dtype", one_of(*HOST_KV_DTYPES), "host_kv_dtype"),
     Key("cachegen_key_bins", list_of(number(1, 4096)), "cachegen_key_bins"),
     Key("cachegen_value_bins", list_of(number(1, 4096)), "cachegen_value_bins"),
 )

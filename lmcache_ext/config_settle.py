@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lmcache_ext.config_keys import LEGACY_SERDES
+from lmcache_ext.config_keys import BIT_EXACT_SERDES, LEGACY_SERDES
 from lmcache_ext.config_merge import Draft
 from lmcache_ext.config_sources import Origin, Setting, refusal
 from lmcache_ext.config_urls import directories, split_url
@@ -17,6 +17,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     """Complete ``draft.values`` and ``draft.notes``; ``ConfigError`` for keys that contradict each other."""
     _settle_serdes(draft)
     _settle_disk(draft)
+    _settle_loss(draft)
     _settle_host(draft)
     _settle_fixed(draft)
     _settle_controller(draft)
@@ -50,6 +51,20 @@ def _settle_disk(draft: Draft) -> None:
     elif not draft.values["live.disk_capacity_bytes"]:
         where = ",".join(draft.values["disk_paths"])
         raise refusal(limit, f"lets nothing be stored in {where}: write a size such as 20, or remove local_disk")
+
+
+def _settle_loss(draft: Draft) -> None:
+    """Rows that are fp8 already go to the tiers behind them bit for bit."""
+    if draft.values.get("host_kv_dtype") != "fp8":
+        return
+    tiers = (("local_disk_serde", "", "disk_paths"), ("remote_serde", "live.", "live.remote_url"))
+    for key, part, tier in tiers:
+        if tier in draft.values and draft.values.get(part + key, "naive") not in BIT_EXACT_SERDES:
+            raise refusal(
+                draft.settings[key],
+                "needs keys and values in 16 or 32 bits, and extra_config.host_kv_dtype: fp8 has left 8 of them: write "
+                f"{' or '.join(BIT_EXACT_SERDES)}, which write those 8, or remove host_kv_dtype",
+            )
 
 
 def _settle_host(draft: Draft) -> None:

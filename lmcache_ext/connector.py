@@ -29,7 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.logger import init_logger
 
 from lmcache_ext import namespace
-from lmcache_ext.offload import element_layout, explain, identity, metrics, settings
+from lmcache_ext.offload import explain, identity, metrics, settings
 from lmcache_ext.offload.adapters import Adapters
 from lmcache_ext.offload.announcer import Announcer, join_controller
 from lmcache_ext.offload.copier import HostPageCopier
@@ -155,7 +155,6 @@ class LMCacheConnectorV1(OffloadingConnector):
                 vllm_config.cache_config.prefix_caching_hash_algo,
             )
         extra[settings.NAMESPACE] = name
-        extra[element_layout.KV_PAGES] = element_layout.describe(vllm_config, kv_cache_config)
         for note in self._settings.config.notes:
             logger.info("%s", note)
         logger.info("%s", start_line(self._settings, name))

@@ -1,9 +1,6 @@
 """Moves KV pages between vLLM's paged tensors and rows, on hosts without a GPU.
 
-A row's part that one worker owns holds, block after block, one page of every tensor of the group::
-
-    row r  | worker 0                          | worker 1 ...
-           | block 0: t0 t1 .. | block 1: ...  |
+`offload.parts` says what lies where.
 
 Threads:  vLLM's worker thread submits and polls; one thread of ours copies, on cores that the
           model's compute threads do not use. Whoever waits for a copy lends a hand: a job is cut into
@@ -38,8 +35,10 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.offload.cores import leave_compute_cores
-from lmcache_ext.ops import pages
-from lmcache_ext.ops.table import Bytes, Int64s, PageTable
+from lmcache_ext.offload.parts import Part, Parts
+from lmcache_ext.ops import pages, pages_fp8
+from lmcache_ext.ops.page_shape import PageShape
+from lmcache_ext.ops.table import Bytes
 
 logger = init_logger("vllm.lmcache_ext.offload.copier")
 
@@ -54,18 +53,10 @@ class _Job(NamedTuple):
     rows: BlockIDsLoadStoreSpec
 
 
-class _Piece(NamedTuple):
-    """Blocks of one cache group, and where in the rows they lie (bytes)."""
-
-    table: PageTable
-    block_ids: Int64s
-    offsets: Int64s
-
-
 class _Work:
     """The job under way; all but `store` under the copier's lock."""
 
-    def __init__(self, job: _Job, pieces: deque[_Piece]) -> None:
+    def __init__(self, job: _Job, pieces: deque[Part]) -> None:
         self.job_id = job.job_id
         self.store = job.store
         self.left = pieces
@@ -74,24 +65,27 @@ class _Work:
 
 
 class HostPageCopier(OffloadingWorker):
-    """An `OffloadingWorker` for the CPU platform."""
+    """An `OffloadingWorker` for the CPU platform; with a `shape`, rows hold eight bits for each element."""
 
-    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, *, blocks_per_chunk: int) -> None:
+    def __init__(
+        self,
+        kv_caches: CanonicalKVCaches,
+        region: SharedOffloadRegion,
+        *,
+        blocks_per_chunk: int,
+        shape: PageShape | None = None,
+    ) -> None:
         self._caches = kv_caches  # keeps the tensors behind the tables alive
-        self._tables = [_table(kv_caches, group) for group in range(len(kv_caches.group_data_refs))]
-        self._blocks_per_chunk = blocks_per_chunk
+        self._parts = Parts(kv_caches, region, blocks_per_chunk=blocks_per_chunk, shape=shape)
         self._region: SharedOffloadRegion | None = region
         self._rows: Bytes | None = region.base_tensor.numpy().view(np.uint8)
-        self._row_bytes = region._row_stride
-        self._begin = region._worker_offset
-        self._worker_bytes = region._worker_area_end - region._worker_offset
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._pending: set[int] = set()
         self._work: _Work | None = None
         self._failed: set[int] = set()
-        logger.info("Copying KV pages with the %s copier", pages.backend())
+        logger.info("Copying KV pages with the %s copier%s", pages.backend(), "" if shape is None else ", as fp8")
         self._thread = threading.Thread(target=self._run, name="lmcache_ext-copier", daemon=True)
         self._thread.start()
 
@@ -218,49 +212,30 @@ class HostPageCopier(OffloadingWorker):
             if not work.left and not work.running:
                 self._changed.notify_all()
 
-    def _move(self, piece: _Piece, *, store: bool) -> int:
-        assert self._rows is not None
+    def _move(self, piece: Part, *, store: bool) -> int:
+        rows, shape = self._rows, self._parts.shape
+        assert rows is not None
+        if shape is not None:
+            move = pages_fp8.gather_pages if store else pages_fp8.scatter_pages
+            return move(shape, piece.table, piece.block_ids, rows, piece.offsets)
         if not store:
-            return pages.scatter_pages(piece.table, piece.block_ids, self._rows, piece.offsets)
-        copied = pages.gather_pages(piece.table, piece.block_ids, self._rows, piece.offsets)
-        self._clear_rest(piece.table, piece.offsets)
+            return pages.scatter_pages(piece.table, piece.block_ids, rows, piece.offsets)
+        copied = pages.gather_pages(piece.table, piece.block_ids, rows, piece.offsets)
+        self._clear_rest(piece)
         return copied
 
-    def _pieces(self, job: _Job) -> Iterator[_Piece]:
-        for table, block_ids, offsets in self._parts(job):
+    def _pieces(self, job: _Job) -> Iterator[Part]:
+        for table, block_ids, offsets in self._parts.of(job.paged, job.rows):
             size = max(1, _PIECE_BYTES // table.block_bytes)
             for begin in range(0, block_ids.size, size):
-                yield _Piece(table, block_ids[begin : begin + size], offsets[begin : begin + size])
+                yield Part(table, block_ids[begin : begin + size], offsets[begin : begin + size])
 
-    def _parts(self, job: _Job) -> Iterator[tuple[PageTable, Int64s, Int64s]]:
-        """Each cache group's table, its block ids, and the byte offsets of the same blocks in rows."""
-        block, row = 0, 0
-        for table, size, first in zip(self._tables, job.paged.group_sizes, job.paged.block_indices, strict=True):
-            if size == 0:
-                continue
-            skipped = first % self._blocks_per_chunk  # blocks of the first row that this job leaves alone
-            places = np.arange(skipped, skipped + size, dtype=np.int64)
-            row_of_place = row + places // self._blocks_per_chunk
-            rows = job.rows.block_ids[row_of_place].astype(np.int64)
-            offsets = rows * self._row_bytes + self._begin + places % self._blocks_per_chunk * table.block_bytes
-            yield table, job.paged.block_ids[block : block + size].astype(np.int64), offsets
-            block += size
-            row = int(row_of_place[-1]) + 1
-
-    def _clear_rest(self, table: PageTable, offsets: Int64s) -> None:
+    def _clear_rest(self, piece: Part) -> None:
         """Zero what a smaller cache group leaves of its rows: stored bytes must not hold a stranger's KV."""
-        used = table.block_bytes * self._blocks_per_chunk
-        if used >= self._worker_bytes:
+        parts, used = self._parts, self._parts.chunk_bytes(piece.table)
+        if used >= parts.worker_bytes:
             return
         assert self._rows is not None
-        for row in np.unique(offsets // self._row_bytes).tolist():
-            begin = row * self._row_bytes + self._begin
-            self._rows[begin + used : begin + self._worker_bytes] = 0
-
-
-def _table(kv_caches: CanonicalKVCaches, group: int) -> PageTable:
-    tensors = []
-    for ref in kv_caches.group_data_refs[group]:
-        tensor = kv_caches.tensors[ref.tensor_idx].tensor
-        tensors.append((tensor.data_ptr(), tensor.shape[0], tensor.stride(0), ref.page_size_bytes))
-    return PageTable.of(tensors)
+        for row in np.unique(piece.offsets // parts.row_bytes).tolist():
+            begin = row * parts.row_bytes + parts.begin
+            self._rows[begin + used : begin + parts.worker_bytes] = 0

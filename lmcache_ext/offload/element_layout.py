@@ -1,4 +1,4 @@
-"""Where keys and values lie in a row, for serdes that must know; and where nobody can say, why not.
+"""Where keys and values lie in a row or a page, for what must know; and where nobody can say, why not.
 
 The connector sees vLLM's configuration of the KV cache, the spec sees the rows: `describe` runs in the
 first and hands plain values over in the connector's settings, `row_layout` runs in the second.
@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
 from lmcache_ext.ops.layout import ELEMENT_BYTES, Int32s, Layout, dense_cells, token_rows
+from lmcache_ext.ops.page_shape import PageShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -69,7 +70,7 @@ def row_layout(
     heads_first = pages["order"] in _HEADS_FIRST
     places = _places(pages, heads_first)
     if places is None:
-        return None, f"the CPU's attention ({pages['isa']}) packs pages in a way that is no permutation"
+        return None, _no_permutation(pages)
     cells = dense_cells(
         layers=pages["layers"],
         ranks=ranks,
@@ -80,6 +81,23 @@ def row_layout(
         head_bytes=token_elements * element_bytes * (pages["tokens"] if heads_first else 1),
     )
     return Layout(row_bytes, pages["dtype"], cells, *places), ""
+
+
+def page_shape(pages: Mapping[str, Any]) -> tuple[PageShape | None, str]:
+    """What of a layer's page are keys and what values, for rows in eight bits; or None and why that is unknown."""
+    if "opaque" in pages:
+        return None, pages["opaque"]
+    heads_first = pages["order"] in _HEADS_FIRST
+    if _places(pages, heads_first) is None:
+        return None, _no_permutation(pages)
+    tokens, k_dim, v_dim = pages["tokens"], pages["k_dim"], pages["v_dim"]
+    if pages["isa"] is None:
+        return PageShape(pages["dtype"], pages["heads"], tokens, k_dim, v_dim, heads_first), ""
+    return PageShape(pages["dtype"], pages["heads"], 1, tokens * k_dim, tokens * v_dim, heads_first), ""
+
+
+def _no_permutation(pages: Mapping[str, Any]) -> str:
+    return f"the CPU's attention ({pages['isa']}) packs pages in a way that is no permutation"
 
 
 def _why_opaque(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:

@@ -17,7 +17,8 @@ _LINES_PER_SECOND = 5
 def start_line(settings: Settings, namespace: str | None) -> str:
     """One line that proves the cache is on: tiers, sizes, chunk, namespace."""
     config = settings.config
-    tiers = [f"host memory {_size(settings.host_bytes)} ({settings.host_bytes // settings.row_bytes} chunks)"]
+    chunks = f"{settings.host_bytes // settings.row_bytes} chunks"
+    tiers = [f"host memory {_size(settings.host_bytes)} ({chunks}){_as(config.host_kv_dtype)}"]
     if namespace is not None and config.disk_paths:
         capacity = config.live.disk_capacity_bytes
         limit = _size(capacity) if capacity else "unbounded"
@@ -32,7 +33,7 @@ def start_line(settings: Settings, namespace: str | None) -> str:
 
 
 def _as(serde: str) -> str:
-    return "" if serde == "naive" else f" as {serde}"
+    return "" if serde in ("naive", "auto") else f" as {serde}"
 
 
 class HitReport:

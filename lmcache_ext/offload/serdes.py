@@ -58,12 +58,12 @@ def readable_serdes() -> tuple[Serde, ...]:
 
 
 def loss(config: Config) -> str:
-    """The lossy serdes among an engine's tiers, a part of its namespace; "" where all are bit for bit.
+    """The lossy serdes among an engine's tiers, host memory included, a part of its namespace; "" if there are none.
 
     Not of the one tier alone: what is computed after a prefix that came back with a loss is other KV
     too, wherever it is stored then. Who asked for bit-exact KV never meets either.
     """
-    names = set()
+    names = {f"host {config.host_kv_dtype}"} - {"host auto"}
     if config.disk_paths:
         names.add(config.local_disk_serde)
     if config.live.remote_url is not None:

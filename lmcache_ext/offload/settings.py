@@ -8,11 +8,13 @@ layout too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import round_up
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -20,16 +22,22 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from lmcache_ext.config import Config, load_config, resolve_chunk_tokens
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import HostMemory, check_host_bytes, fitting_bytes, read_host_memory
+from lmcache_ext.offload.element_layout import KV_PAGES, describe, page_shape
 from lmcache_ext.offload.rows import rows_path
+from lmcache_ext.ops import pages_fp8
+from lmcache_ext.ops.page_shape import PageShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.config import OffloadingConfig
 
 logger = init_logger("vllm.lmcache_ext.offload.settings")
 
 NAMESPACE = "lmcache_ext.namespace"
 """Connector setting: hex of the namespace, for the spec."""
+HOST_KV_DTYPE = "lmcache_ext.host_kv_dtype"
+"""Connector setting: "fp8" where rows hold eight bits for each element, else "auto"."""
 FLUSH_TIMEOUT = "lmcache_ext.flush_timeout_s"
 """Connector setting: seconds a stopping engine may spend writing what is not yet stored."""
 LOAD_FAILURE_POLICY = "lmcache_ext.kv_load_failure_policy"
@@ -75,7 +83,10 @@ def resolve(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings
     Raises ConfigError where it cannot be fitted.
     """
     announce(vllm_config)
-    settings = _fit(read_config(vllm_config), vllm_config, kv_cache_config)
+    config = read_config(vllm_config)
+    _extra(vllm_config)[KV_PAGES] = describe(vllm_config, kv_cache_config)
+    _extra(vllm_config)[HOST_KV_DTYPE] = config.host_kv_dtype
+    settings = _fit(config, vllm_config, kv_cache_config)
     policy, module = _POLICIES[settings.config.cache_policy]
     _extra(vllm_config).update(
         blocks_per_chunk=settings.blocks_per_chunk,
@@ -88,6 +99,18 @@ def resolve(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings
     return settings
 
 
+def host_shape(extra: Mapping[str, Any]) -> PageShape | None:
+    """What a page holds where rows have it in eight bits, from the connector's settings; None where they do not."""
+    return page_shape(extra[KV_PAGES])[0] if extra.get(HOST_KV_DTYPE) == "fp8" else None
+
+
+def in_rows(native: OffloadingConfig, shape: PageShape | None) -> OffloadingConfig:
+    """vLLM's sizes, of blocks as they lie in rows."""
+    if shape is None:
+        return native
+    return replace(native, worker_kv_bytes_per_block=shape.row_bytes(native.worker_kv_bytes_per_block))
+
+
 def _extra(vllm_config: VllmConfig) -> dict[str, Any]:
     assert vllm_config.kv_transfer_config is not None
     extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -98,6 +121,9 @@ def _fit(config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     extra = _extra(vllm_config)
     extra.pop("blocks_per_chunk", None)  # ours, of an earlier call: `native` counts single blocks
     native = build_offloading_config(vllm_config, kv_cache_config)
+    if config.host_kv_dtype == "fp8":
+        _check_fp8(config, extra[KV_PAGES], native)
+    native = in_rows(native, host_shape(extra))
     copies = 1 if native.replicated_layout else native.parallel.world_size
     block_bytes = native.worker_kv_bytes_per_block * copies
     blocks = _blocks_per_chunk(config, native.groups, kv_cache_config, block_bytes)
@@ -107,6 +133,24 @@ def _fit(config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     max_model_len = vllm_config.model_config.max_model_len
     host_bytes = _host_bytes(config, memory, row_bytes, tokens, len(native.groups), max_model_len)
     return Settings(config, tokens, blocks, row_bytes, host_bytes)
+
+
+def _check_fp8(config: Config, pages: Mapping[str, Any], native: OffloadingConfig) -> None:
+    """Raise ConfigError where rows cannot hold eight bits for each element."""
+    shape, reason = page_shape(pages)
+    if shape is not None and native.worker_kv_bytes_per_block % shape.page_bytes:
+        reason = f"{native.worker_kv_bytes_per_block} bytes of a block are no whole pages of {shape.page_bytes} bytes"
+    if reason:
+        reason = f"must know which bytes are keys and which are values, and here {reason}"
+    elif not current_platform.is_cpu():
+        reason = "is for the CPU platform so far"
+    elif not pages_fp8.available():
+        reason = "needs the compiled page copier: install this package with a C++ compiler at hand"
+    if reason:
+        raise ConfigError(
+            f"{config.origin('extra_config.host_kv_dtype').text}: extra_config.host_kv_dtype: fp8 {reason}; or remove "
+            "it: rows then hold the KV cache as it is"
+        )
 
 
 def _blocks_per_chunk(config: Config, groups: Any, kv_cache_config: KVCacheConfig, block_bytes: int) -> int:  # noqa: ANN401

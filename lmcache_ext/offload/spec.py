@@ -24,7 +24,7 @@ from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.offload.serdes import open_serde
-from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE
+from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE, host_shape, in_rows
 from lmcache_ext.offload.tier import CHUNKS_PER_TASK, StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.guard import Guarded
@@ -43,7 +43,8 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
     """
 
     def __init__(self, config: OffloadingConfig) -> None:
-        super().__init__(config)
+        self._shape = host_shape(config.extra_config)
+        super().__init__(in_rows(config, self._shape))
         self._manager: OffloadingManager | None = None
 
     @classmethod
@@ -66,7 +67,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         if not current_platform.is_cpu():
             return super().get_worker(kv_caches)
         region = self._open_rows(self._worker_rank())
-        return HostPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk)
+        return HostPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk, shape=self._shape)
 
     @override
     def get_manager(self) -> OffloadingManager:
@@ -128,6 +129,8 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
         )
 
     def _serde_opener(self, config: Config) -> Callable[[str, str], Serde]:
+        if self._shape is not None:
+            return partial(open_serde, kv_dtype="fp8", layout=None, opaque="rows are fp8 already (host_kv_dtype)")
         layout, opaque = row_layout(
             self.extra_config[KV_PAGES],
             row_bytes=self.kv_bytes_per_chunk,

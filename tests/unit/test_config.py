@@ -353,6 +353,11 @@ def test_old_serdes_are_plain_bytes(load):
     assert config.notes == (f"{load.path}:1: remote_serde: safetensor is an old name for plain bytes, read as naive",)
 
 
+@pytest.mark.parametrize("serde", ["remote_serde: cachegen", "remote_url: lm://h:1\nremote_serde: lossless"])
+def test_rows_of_eight_bits_go_to_tiers_bit_for_bit(load, serde):
+    assert load(f"{serde}\nextra_config: {{host_kv_dtype: FP8}}\n").host_kv_dtype == "fp8"
+
+
 def test_keys_of_which_one_value_is_honoured(load):
     config = load("enable_async_loading: false\nsave_unfull_chunk: yes\n")
     assert config.enable_async_loading is True

@@ -8,6 +8,7 @@ import pytest
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
 
+_FP8 = "extra_config: {host_kv_dtype: fp8}\n"
 # (name, content, line or None, what the message must hold)
 FILES = [
     ("empty", "", None, ["the file is empty", "write at least one setting"]),
@@ -70,6 +71,9 @@ FILES = [
     ("remote_as_disk", "local_disk: redis://h\n", 1, ["is not a directory", "redis:// as remote_url"]),
     ("policy", "cache_policy: RANDOM\n", 1, ["'RANDOM' is not known", "LRU, ARC, LFU, FIFO, MRU"]),
     ("serde", "remote_serde: zstd\n", 1, ["'zstd' is not known", "naive, cachegen"]),
+    ("host_dtype", "extra_config: {host_kv_dtype: fp4}\n", 1, ["host_kv_dtype: 'fp4' is not known", "auto, fp8"]),
+    ("twice_lossy", f"{_FP8}remote_url: lm://h:1\nremote_serde: int8\n", 3, ["remote_serde: 'int8' needs", "naive or"]),
+    ("lossy_disk", f"{_FP8}local_disk: /d\nlocal_disk_serde: fp8\n", 3, ["host_kv_dtype: fp8 has left 8", "remove"]),
     ("level", "log_level: LOUD\n", 1, ["log_level: 'LOUD' is not known", "DEBUG, INFO"]),
     ("device", "local_device: tpu\n", 1, ["local_device: 'tpu' is not a device", "local_disk: /path"]),
     ("timeout", "blocking_timeout_secs: 0\n", 1, ["blocking_timeout_secs: 0 is out of range", "above 0"]),

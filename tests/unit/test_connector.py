@@ -19,10 +19,12 @@ from lmcache_ext.connector import LMCacheWorkerMetadata
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.rows import rows_path
-from lmcache_ext.ops import lossless
+from lmcache_ext.ops import lossless, pages_fp8
 from lmcache_ext.plugin import LOAD_FAILURE_POLICY
 from lmcache_ext.stores.jobs import Patience
-from tests.unit.connector_engine import HASH_FN, PROMPT, Engine, make_vllm_config, output_of
+from tests.unit.connector_engine import HASH_FN, PAGE, PROMPT, Engine, make_vllm_config, output_of
+
+FP8 = {"extra_config": {"host_kv_dtype": "fp8"}}
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
 
@@ -101,6 +103,30 @@ class TestReuse:
         first.compute("first", [1, 2, 3, 4, 5, 6, 7])
         second = make_engine(local_disk_serde=reader)
         assert second.match(second.request("again")) == hit
+
+    @pytest.mark.skipif(not pages_fp8.available(), reason="no compiler was there when the package was installed")
+    def test_with_rows_of_eight_bits_brings_back_nearly_the_same_keys_and_values(self, make_engine):
+        first = make_engine(**FP8)
+        exact = torch.randn(len(first.kv), *first.kv[0].shape[:1], PAGE // 2).bfloat16()
+        for tensor, numbers in zip(first.kv, exact, strict=True):
+            tensor.copy_(numbers.view(torch.int8))
+        first.compute("first", [1, 2, 3, 4, 5, 6, 7])
+        for engine in (first, make_engine(**FP8, local_disk_serde="lossless")):  # from its own rows; from disk
+            request = engine.request("again")
+            assert engine.begin_load(request, [10, 11, 12, 13, 14, 15, 16]) == 96
+            assert engine.step().finished_recving == {"again"}
+            for tensor, numbers in zip(engine.kv, exact.float(), strict=True):
+                found = tensor[[10, 11, 12, 13, 14, 15]].view(torch.bfloat16).float()
+                assert not torch.equal(found, numbers[1:7])
+                assert torch.allclose(found, numbers[1:7], rtol=1 / 15, atol=1e-3)
+
+    @pytest.mark.skipif(not pages_fp8.available(), reason="no compiler was there when the package was installed")
+    @pytest.mark.parametrize(("writer", "reader"), [("fp8", "auto"), ("auto", "fp8")])
+    def test_never_meets_rows_of_another_dtype(self, make_engine, writer, reader):
+        first = make_engine(extra_config={"host_kv_dtype": writer})
+        first.compute("first", [1, 2, 3, 4, 5, 6, 7])
+        second = make_engine(extra_config={"host_kv_dtype": reader})
+        assert second.match(second.request("again")) == 0
 
     def test_stops_where_prompts_part(self, warm):
         assert warm.match(warm.request("other", PROMPT[:40] + [1] * 60)) == 32

@@ -288,6 +288,13 @@ class TestMerged:
         assert live == ["extra_config.a: 1 -> 2"]
         assert fixed == [f"{tmp_path / NAME}:1: extra_config.disk_io_threads: 2 -> 3 needs a restart"]
 
+    def test_keeps_what_rows_hold(self, tmp_path):
+        old, new = self.configs(tmp_path, "freeze: true\n", "extra_config: {host_kv_dtype: fp8}\n")
+        assert merged(old, new).host_kv_dtype == "auto"
+        assert differences(old, new)[1] == [
+            f"{tmp_path / NAME}:1: extra_config.host_kv_dtype: auto -> fp8 needs a restart"
+        ]
+
 
 @pytest.mark.parametrize(
     ("key", "live"),

@@ -10,12 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.utils.math_utils import round_up
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import HostMemory
 from lmcache_ext.offload import identity, settings
 from lmcache_ext.offload.rows import rows_path
+from lmcache_ext.ops.page_shape import PageShape
 from tests.unit.connector_engine import BLOCK, LAYERS, NUM_BLOCKS, PAGE, kv_cache_config, make_vllm_config
 
 BLOCK_BYTES = len(LAYERS) * PAGE
@@ -202,3 +210,52 @@ class TestWeightsOf:
         first = self.of("org/not-in-the-cache", _commit_hash="abc")
         assert first == self.of("org/not-in-the-cache", _commit_hash="abc")
         assert first != self.of("org/not-in-the-cache", _commit_hash="def")
+
+
+class TestFp8Rows:
+    SHAPE = PageShape("bfloat16", heads=2, runs=BLOCK, k_run=32, v_run=32, heads_first=True)
+    ON = {"extra_config": {"host_kv_dtype": "fp8"}}
+
+    def test_take_a_byte_for_each_element_and_hold_twice_as_many_chunks(self, resolve):
+        native, _ = resolve(chunk_size=256, max_local_cpu_size="1Mi")
+        found, extra = resolve(chunk_size=256, max_local_cpu_size="1Mi", **self.ON)
+        assert native.row_bytes == 16 * len(LAYERS) * PAGE
+        assert found.row_bytes == round_up(16 * len(LAYERS) * self.SHAPE.part_bytes, 4096)
+        assert found.row_bytes == pytest.approx(
+            native.row_bytes / 2, rel=0.1
+        )  # tiny pages: 64 bytes of scales are much
+        assert found.host_bytes == native.host_bytes
+        assert settings.host_shape(extra) in (self.SHAPE, replace(self.SHAPE, runs=1, k_run=512, v_run=512))
+
+    def test_automatic_chunks_are_a_mebibyte_of_what_is_kept(self, resolve):
+        assert resolve(chunk_size="auto", **self.ON)[0].row_bytes == pytest.approx(2**20, rel=0.05)
+
+    def test_of_pages_that_nobody_understands_stop_the_start(self, resolve):
+        with pytest.raises(ConfigError, match=r"host_kv_dtype: fp8 must know .* here pages of MLA.*; or remove it"):
+            resolve(
+                pages_of(MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)),
+                **self.ON,
+            )
+
+    def test_of_a_quantised_kv_cache_stop_the_start(self, resolve):
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.uint8)
+        with pytest.raises(ConfigError, match=r"host_kv_dtype: fp8 must know .* is quantised already"):
+            resolve(pages_of(spec), **self.ON)
+
+    def test_without_the_compiled_copier_stop_the_start(self, resolve, monkeypatch):
+        monkeypatch.setattr(settings.pages_fp8, "available", lambda: False)
+        with pytest.raises(
+            ConfigError, match=r"host_kv_dtype: fp8 needs the compiled page copier: install .* remove it"
+        ):
+            resolve(**self.ON)
+
+    def test_refusal_names_where_the_setting_was_written(self, resolve):
+        with pytest.raises(ConfigError, match=r'^kv_connector_extra_config\["lmcache\.extra_config'):
+            resolve(
+                pages_of(MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)),
+                **self.ON,
+            )
+
+
+def pages_of(spec):
+    return KVCacheConfig(NUM_BLOCKS, kv_cache_config().kv_cache_tensors, [KVCacheGroupSpec(LAYERS, spec)])
