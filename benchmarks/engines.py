@@ -54,9 +54,13 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._to.close()
+        self.hang_up()
         self._process.wait(60)
         self._from.close()
+
+    def hang_up(self) -> None:
+        """Let the engine end, without waiting for it; may be called twice."""
+        self._to.close()
 
     def ask(self, tokens: Sequence[int], *, max_tokens: int = 1) -> dict[str, Any]:
         """{"seconds": whole request, "first": of them until the first token, "per_token": decoding, each after it,

@@ -26,6 +26,9 @@ class Ratio(NamedTuple):
         median, low, high = (100 * (value - 1) for value in self)
         return f"{median:+.1f} % (95 % CI {low:+.1f} to {high:+.1f} %)"
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Of the n-th of `ours` to the n-th of `theirs`."""

@@ -1,8 +1,9 @@
 """Time to first token: cold, vLLM's own prefix-cache hit, and our hits, paired in one run.
 
-Run: ``python benchmarks/ttft.py [--tokens 4000 --repeats 5 --rounds 15 --core 0 --out benchmarks/results]``
+Run: ``python benchmarks/ttft.py [--tokens 4000 --repeats 7 --rounds 16 --core 0 --out benchmarks/results]``; with
+``--only hits`` or ``--only overheads`` the other half of the report stays as it is.
 
-Six engines are held ready on one core and asked by turns, in an order drawn anew each time; every turn
+Engines are held ready on one core and asked by turns, in an order drawn anew each time; every turn
 uses a prompt of its own, so each hit is a first hit. Prompt lengths are chosen so that vLLM's prefix
 cache (blocks of 128 on CPU) and a chunk of 256 reuse exactly the same number of tokens. "second process"
 is an engine that never saw the prompt and shares only the directory.
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -59,38 +60,45 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
     return [rng.randrange(8, 264) for _ in range(num_tokens)]
 
 
-def open_engines(stack: ExitStack, directory: Path, core: int, max_model_len: int) -> dict[str, Engine]:
+HITS = ["plain", "block", "chunk", "second"]
+OVERHEADS = ["plain", "twin", "host", "chunk"]
+CACHES = {
+    "block": (BLOCK, "kv-block"),
+    "chunk": (CHUNK, "kv-chunk"),
+    "second": (CHUNK, "kv-chunk"),
+    "host": (CHUNK, None),
+}
+"""Of the engines that have one: tokens of a chunk, and the directory of its disk."""
+
+
+@contextmanager
+def engines_for(names: Iterable[str], directory: Path, core: int, tokens: int) -> Iterator[dict[str, Engine]]:
+    """Started side by side, warm, and ended side by side."""
+    with ExitStack() as stack:
+        started = {name: start(name, directory, core, tokens) for name in names}
+        engines = {name: stack.enter_context(engine) for name, engine in started.items()}
+        for engine in engines.values():
+            stack.callback(engine.hang_up)
+            for _ in range(3):
+                engine.ask(prompt(999_999, tokens), max_tokens=DECODED)
+        yield engines
+
+
+def start(name: str, directory: Path, core: int, tokens: int) -> Engine:
     model = str(build(Path(".cache/models/tiny-llama")))
-    shared = {"core": core, "max_model_len": max_model_len}
-
-    def start(name: str, chunk: int | None, disk: str) -> Engine:
-        if chunk is None:
-            return Engine(model, log=directory / f"{name}.log", **shared)
-        transfer = {**CONNECTOR, "kv_connector_extra_config": {"lmcache.chunk_size": chunk}}
-        env = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "1"}
-        if disk:
-            env |= {"LMCACHE_LOCAL_DISK": str(directory / disk), "LMCACHE_MAX_LOCAL_DISK_SIZE": "8"}
-        return Engine(model, log=directory / f"{name}.log", env=env, kv_transfer_config=transfer, **shared)
-
-    made = {
-        "plain": start("plain", None, ""),
-        "twin": start("twin", None, ""),
-        "block": start("block", BLOCK, "kv-block"),
-        "chunk": start("chunk", CHUNK, "kv-chunk"),
-        "second": start("second", CHUNK, "kv-chunk"),
-        "host": start("host", CHUNK, ""),
-    }
-    return {name: stack.enter_context(engine) for name, engine in made.items()}
+    shared = {"core": core, "max_model_len": tokens + 2 * DECODED, "log": directory / f"{name}.log"}
+    if name not in CACHES:
+        return Engine(model, **shared)
+    chunk, disk = CACHES[name]
+    transfer = {**CONNECTOR, "kv_connector_extra_config": {"lmcache.chunk_size": chunk}}
+    env = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "1"}
+    if disk is not None:
+        env |= {"LMCACHE_LOCAL_DISK": str(directory / disk), "LMCACHE_MAX_LOCAL_DISK_SIZE": "8"}
+    return Engine(model, env=env, kv_transfer_config=transfer, **shared)
 
 
 def note(rows: Rows, row: str, seconds: float) -> None:
     rows.setdefault(row, []).append(seconds)
-
-
-def warm_up(engines: dict[str, Engine], tokens: int) -> None:
-    for engine in engines.values():
-        for _ in range(3):
-            engine.ask(prompt(999_999, tokens), max_tokens=DECODED)
 
 
 def measure_hits(engines: dict[str, Engine], tokens: int, repeats: int) -> Rows:
@@ -183,16 +191,18 @@ def reused(tokens: int) -> int:
 
 def table(rows: Rows) -> str:
     floor = rows["vLLM's own prefix-cache hit"]
-    lines = [f"{'':32} {'median ms':>10} {'min':>9} {'max':>9} {'x prefix hit':>13}  target"]
+    lines = [f"{'':32} {'median ms':>10} {'min':>9} {'max':>9}   x prefix hit (95 % CI)  target"]
     for name, seconds in rows.items():
         if name.startswith("lookup"):
             continue
-        paired = statistics.median(mine / theirs for mine, theirs in zip(seconds, floor, strict=True))
         target = f"<= {TARGETS[name]}" if name in TARGETS else ""
         lines.append(
-            f"{name:32} {statistics.median(seconds) * 1e3:10.2f} {min(seconds) * 1e3:9.2f} {max(seconds) * 1e3:9.2f} "
-            f"{paired:13.2f}  {target}"
+            f"{name:32} {statistics.median(seconds) * 1e3:10.2f} {min(seconds) * 1e3:9.2f} {max(seconds) * 1e3:9.2f}   "
+            f"{ratio(seconds, floor)!s:22}  {target}"
         )
+    for name, seconds in rows.items():
+        if name.startswith("lookup"):
+            lines.append(f"{name}: {statistics.median(seconds) * 1e6:.0f} us of the scheduler's (target <= 100)")
     return "\n".join(lines)
 
 
@@ -241,42 +251,46 @@ def plot(rows: Rows, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["hits", "overheads"], help="measure a half of the rows")
     parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--repeats", type=int, default=5, help="of the hits")
-    parser.add_argument("--rounds", type=int, default=15, help="of the overheads")
+    parser.add_argument("--repeats", type=int, default=7, help="of the hits")
+    parser.add_argument("--rounds", type=int, default=16, help="of the overheads")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     tokens = reused(options.tokens) + 100  # the prefix cache of 128-token blocks stops at the same boundary
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        engines = open_engines(stack, Path(directory), options.core, tokens + 2 * DECODED)
-        warm_up(engines, tokens)
-        rows = measure_hits(engines, tokens, options.repeats)
-        writer = Writer(Path(directory) / "bytes", options.core, reused(tokens) * TOKEN_BYTES)
-        stored = measure_overheads(engines, tokens, options.rounds, writer)
-    print(f"\n{tokens} tokens, {reused(tokens)} reused, {DTYPE}, core {options.core}, {options.repeats} repeats")
-    print(table(rows))
-    print(f"\noverhead of {options.rounds} paired rounds, each in random order (target <= 2 %)")
-    shares = overheads(stored)
-    for name, share in shares.items():
-        print(f"{name:50} {share.overhead}")
-    for name, seconds in rows.items():
-        if name.startswith("lookup"):
-            print(f"{name}: {statistics.median(seconds) * 1e6:.0f} us per request in the scheduler (target <= 100)")
-    save(options.out, tokens, rows | stored, shares)
+    print(f"{tokens} tokens, {reused(tokens)} reused by every hit, {DTYPE}, core {options.core}")
+    if options.only != "overheads":
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            engines_for(HITS, Path(directory), options.core, tokens) as engines,
+        ):
+            hits = measure_hits(engines, tokens, options.repeats)
+        print(f"\n{options.repeats} prompts\n{table(hits)}", flush=True)
+        save(options.out, tokens, "hits", {"seconds": hits})
+        plot(hits, options.out / "ttft.png")
+    if options.only != "hits":
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            engines_for(OVERHEADS, Path(directory), options.core, tokens) as engines,
+        ):
+            writer = Writer(Path(directory) / "bytes", options.core, reused(tokens) * TOKEN_BYTES)
+            stored = measure_overheads(engines, tokens, options.rounds, writer)
+        shares = overheads(stored)
+        print(f"\noverheads, {options.rounds} paired rounds (target <= 2 %)")
+        print("\n".join(f"{name:50} {share.overhead}" for name, share in shares.items()))
+        ratios = {name: share._asdict() for name, share in shares.items()}
+        save(options.out, tokens, "overheads", {"ratios": ratios, "seconds": stored})
 
 
-def save(directory: Path, tokens: int, rows: Rows, shares: dict[str, Ratio]) -> None:
+def save(directory: Path, tokens: int, part: str, found: dict[str, object]) -> None:
+    """Write one part of the report, and leave the other as it is."""
     directory.mkdir(parents=True, exist_ok=True)
-    report = {
-        "tokens": tokens,
-        "dtype": DTYPE,
-        "machine": platform.processor(),
-        "seconds": rows,
-        "overheads": {name: share._asdict() for name, share in shares.items()},
-    }
-    (directory / "ttft.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, directory / "ttft.png")
+    path = directory / "ttft.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    kept = {name: report[name] for name in ("hits", "overheads") if name in report}
+    machine = {"tokens": tokens, "dtype": DTYPE, "machine": platform.processor()}
+    path.write_text(json.dumps({**kept, part: {**machine, **found}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
