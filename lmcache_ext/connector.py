@@ -358,6 +358,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         return self._hooks.run("get_kv_connector_stats", self._take_stats, None)
 
     def _take_stats(self) -> KVConnectorStats | None:
+        if self.connector_scheduler is None and not self._hooks.has_failures:
+            return None  # a worker counts nothing else
         if not self._pace.is_due() and not self._hooks.has_failures:
             return None
         stats, self._stats = self._stats, OffloadingConnectorStats()
@@ -373,6 +375,11 @@ class LMCacheConnectorV1(OffloadingConnector):
         return None if stats.is_empty() else stats
 
     # -- worker ----------------------------------------------------------------------------------
+
+    @override
+    def has_connector_metadata(self) -> bool:
+        """What vLLM asks in each layer before it calls `wait_for_layer_load` and `save_kv_layer`: we need neither."""
+        return False
 
     @override
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
@@ -446,6 +453,9 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        assert self.connector_worker is not None
+        if not self.connector_worker._connector_worker_meta.completed_jobs:
+            return None
         meta = super().build_connector_worker_meta()
         if meta is None:
             return None

@@ -387,6 +387,18 @@ class TestPatience:
         assert ask() == 2, "and nobody waits for ever"
 
 
+def test_a_step_without_news_asks_nothing_of_the_worker_half(warm, monkeypatch):
+    for hook in ("handle_preemptions", "start_kv_transfers", "prepare_store_kv", "get_finished"):
+        monkeypatch.setattr(warm.worker.connector_worker, hook, fail)
+    meta = warm.scheduler.build_connector_meta(SchedulerOutput.make_empty())
+    report = warm.run_worker(meta)
+    assert report.kv_connector_worker_meta is None
+    assert report.finished_recving == report.failed_recving == set()
+    warm.worker.bind_connector_metadata(meta)
+    assert not warm.worker.has_connector_metadata(), "layers would call us"
+    assert not warm.worker._hooks.has_failures
+
+
 class TestWriteBehind:
     def test_waits_for_a_step_that_computes_nothing(self, engine, tmp_path):
         pool = engine.scheduler.scheduler.manager.far.pool
