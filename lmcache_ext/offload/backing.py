@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.offload.lookups import Lookups
-from lmcache_ext.stores.guard import Guarded
+from lmcache_ext.stores.guard import Guarded, only_failures
 
 logger = init_logger("vllm.lmcache_ext.offload.backing")
 
@@ -53,9 +53,9 @@ class Backing:
     def take_failures(self) -> dict[str, int]:
         """Failed operations of the store by cause, since the last call."""
         found = {}
-        for cause, total in self.store.counters().items():
+        for cause, total in only_failures(self.store.counters()).items():
             increase = total - self._failures[cause]
-            if increase and not cause.endswith((".ok", ".opened", ".closed")):
+            if increase:
                 self._failures[cause] = total
                 found[cause] = increase
         return found

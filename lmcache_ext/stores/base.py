@@ -14,7 +14,7 @@ Failure:  a miss is a value (`False`, `None`); a failure is a `StoreError` and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -97,6 +97,10 @@ class Store(ABC):
     @abstractmethod
     def usage(self) -> Usage:
         """What is held now. May be an estimate."""
+
+    def failures(self) -> Mapping[str, int]:
+        """Calls so far by `<side>.<cause>` that failed inside, and that the store has made up for: nobody else counts them."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:

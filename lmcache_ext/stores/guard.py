@@ -24,7 +24,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -266,7 +266,7 @@ class Guarded(Store):
         A read that was past its deadline while it ran is `overdue` then, and what became of it at its end.
         """
         with self._lock:
-            return dict(self._counters)
+            return dict(self._counters + Counter(self._store.failures()))
 
     def is_open(self, side: str = READ) -> bool:
         """Whether that side (READ, WRITE) is being answered without asking the store."""
@@ -431,6 +431,11 @@ class Guarded(Store):
     def _count(self, name: str) -> None:
         with self._lock:
             self._counters[name] += 1
+
+
+def only_failures(counters: Mapping[str, int]) -> dict[str, int]:
+    """What `Guarded.counters` has of failed calls."""
+    return {cause: count for cause, count in counters.items() if not cause.endswith((".ok", ".opened", ".closed"))}
 
 
 def _num_bytes(parts: Sequence[memoryview]) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -17,9 +18,12 @@ import xxhash
 
 from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
 from lmcache_ext.stores.base import Store, Usage
-from lmcache_ext.stores.guard import Guarded
+from lmcache_ext.stores.guard import Guarded, only_failures
 
 T = TypeVar("T")
+
+_THREADS_PER_STORE = 10
+"""As many as callers may be held up by one server that hangs: the pool of an engine has eight, and one looks up."""
 
 
 class ShardedStore(Store):
@@ -111,6 +115,13 @@ class ShardedStore(Store):
         known = [[number for number in numbers if number is not None] for numbers in fields]
         return Usage(*(sum(numbers) if numbers else None for numbers in known))
 
+    def failures(self) -> Mapping[str, int]:
+        """Of all servers together."""
+        total: Counter[str] = Counter()
+        for store in self._stores:
+            total.update(only_failures(store.counters()))
+        return total
+
     def close(self) -> None:
         with self._lock:
             threads, self._threads = self._threads, None
@@ -158,7 +169,9 @@ class ShardedStore(Store):
             return [call() for call in calls]
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(2 * len(self._stores), thread_name_prefix=f"{self.name}-shard")
+                self._threads = ThreadPoolExecutor(
+                    _THREADS_PER_STORE * len(self._stores), thread_name_prefix=f"{self.name}-shard"
+                )
             futures = [self._threads.submit(call) for call in calls[1:]]
         return [calls[0](), *(future.result() for future in futures)]
 
