@@ -106,6 +106,16 @@ def until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_
         time.sleep(0.02)
 
 
+def longest_pause(is_over: Callable[[], bool]) -> float:
+    """Seconds that this thread was kept from running, at worst."""
+    worst, last = 0.0, time.monotonic()
+    while not is_over():
+        time.sleep(0.005)
+        now = time.monotonic()
+        worst, last = max(worst, now - last), now
+    return worst
+
+
 def command(port: int, *words: bytes | str | int, password: str | None = None, timeout_s: float = 5.0) -> bytes:
     """Say one command and return the raw beginning of the answer: a reader that shares no code with ours."""
     with socket.create_connection(("127.0.0.1", port), timeout_s) as sock:

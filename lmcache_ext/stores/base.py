@@ -99,7 +99,7 @@ class Store(ABC):
         """What is held now. May be an estimate."""
 
     def failures(self) -> Mapping[str, int]:
-        """Calls so far by `<side>.<cause>` that failed inside, and that the store has made up for: nobody else counts them."""
+        """Calls so far, by `<side>.<cause>`, that failed inside and were made up for there: nobody else counts them."""
         return {}
 
     @abstractmethod

@@ -5,6 +5,7 @@ Imported by `mooncake_store.open_mooncake` alone, once the environment says what
 
 from __future__ import annotations
 
+import atexit
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ _UNAVAILABLE = {
 }
 _PROBE_S = 10.0
 _CERTAIN_S = 55.0  # the client gives a transfer up after 60 s, wherever it is
+_LEAVE_AGAIN_S = 2.0
 
 
 class Client:
@@ -58,6 +60,8 @@ class Client:
         self._closed = False
         self.may_still_write = False
         """A read was given up while its bytes were under way: memory it was to fill is safe after `close`."""
+        self.has_left = threading.Event()
+        self._must_leave = threading.Event()
         with self._calling("set up"):
             code = self._native.setup(
                 own_address,
@@ -143,12 +147,34 @@ class Client:
                 _check(code, "delete")
 
     def close(self, timeout_s: float) -> None:
-        """Leave the store with this engine's segment. Where calls are stuck in the client, it is left to them."""
+        """Leave the store with this engine's segment. Where calls are stuck in the client, it is left to them.
+
+        Waits for it for `timeout_s`; `_leave` goes on by itself where the master is silent.
+        """
         with self._changed:
             was_closed, self._closed = self._closed, True
             is_idle = self._changed.wait_for(lambda: self._num_calls == 0, timeout_s)
         if is_idle and not was_closed:
-            self._native.close()
+            leaving = threading.Thread(target=self._leave, name="mooncake-leave", daemon=True)
+            leaving.start()
+            if not self.has_left.wait(timeout_s):
+                atexit.register(self._leave_now, leaving)  # a client that is left open ends the process with an abort
+
+    def _leave_now(self, leaving: threading.Thread) -> None:
+        """At the end of the process."""
+        self._must_leave.set()
+        leaving.join()
+
+    def _leave(self) -> None:
+        """Top of a thread. Leaving holds Python's lock: for 1 to 2 s, and where the master is silent for as long as the
+        client's own timeouts allow (12 to 28 s with 10 s each), in which an engine would stand still. So it waits for
+        the master, unless memory is at stake.
+        """
+        while not self.may_still_write and self._native.batch_is_exist(["leave"])[0] < 0:
+            if self._must_leave.wait(_LEAVE_AGAIN_S):
+                break
+        self._native.close()
+        self.has_left.set()
 
     @contextmanager
     def _calling(self, what: str) -> Iterator[None]:

@@ -10,7 +10,8 @@ from vllm.platforms import current_platform
 
 from lmcache_ext.config import Live
 from lmcache_ext.offload import metrics
-from tests.servers import until
+from tests import mooncake_servers
+from tests.servers import longest_pause, until
 from tests.unit.connector_engine import PROMPT, WAIT_S
 from tests.unit.test_tuning import BLOCKS, OTHERS, engine, vllm_config  # noqa: F401  fixtures
 
@@ -186,6 +187,21 @@ class TestRemote:
         assert manager(tuned)._metrics.tier_label(1) == ("2:mock",)
         tuned.compute("first", BLOCKS)
         settle(tuned)
+
+    @pytest.mark.e2e
+    def test_becomes_mooncake_and_no_longer_while_its_master_is_dead_and_no_step_waits(self, tuned, tmp_path):
+        with mooncake_servers.master(tmp_path) as server:
+            small = "{global_segment_size: 64MB, local_buffer_size: 16MB}"
+            tuned.tune(f"remote_url: mooncakestore://{server.address}/\nextra_config: {small}\n")
+            tier = manager(tuned).secondary_tiers[1]
+            assert (tier.tier_type, tier.present) == ("mooncake", True)
+            until(lambda: tier.store.exists([bytes(17)]) == [False] and tier.store.counters().get("read.ok"), "joined")
+            server.kill()
+            tuned.tune(tuned.remote("a"))
+            assert tier.tier_type == "remote"
+            (left,) = tier._retired
+            assert longest_pause(lambda: left.closed) < 0.5
+            server.start()
 
     def test_that_comes_too_late_is_closed(self, tuned, monkeypatch):
         closed = []
