@@ -14,6 +14,8 @@ import pytest
 from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda
 from tests.device import CSRC
 
+pytestmark = pytest.mark.e2e  # ten seconds of nvcc
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

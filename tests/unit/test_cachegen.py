@@ -278,6 +278,30 @@ class TestHostile:
         struct.pack_into("<II", payload, at, escapes - 1, stream + 4)
         self.refused(payload, BadPayload)
 
+    def test_words_or_escapes_that_are_left_over(self):
+        payload = self.payload()
+        at = self.BODY + 4 + 3 * 8
+        escapes, stream = struct.unpack_from("<II", payload, at)
+        (part,) = struct.unpack_from("<I", payload, 24)
+        ends = (at, escapes + 1, self.BODY + part, bytes(4)), (at + 4, stream + 2, at + 8 + stream, bytes(2))
+        for field, count, end, more in ends:
+            longer = bytearray(payload)
+            longer[end:end] = more
+            struct.pack_into("<I", longer, field, count)
+            struct.pack_into("<I", longer, 24, part + len(more))
+            self.refused(longer, BadPayload)
+
+    @pytest.mark.parametrize("stream_bytes", [0, 2, 126, 127])
+    def test_stream_without_room_for_its_states(self, stream_bytes):
+        """The last part of a payload, so that nothing lies behind it."""
+        payload = self.payload()
+        lengths = struct.unpack_from("<4I", payload, 24)
+        begin = self.BODY + sum(lengths[:3])
+        sizes = begin + 4 + 3 * 8
+        struct.pack_into("<II", payload, sizes, 0, stream_bytes)
+        struct.pack_into("<I", payload, 36, sizes + 8 + stream_bytes - begin)
+        self.refused(payload[: sizes + 8 + stream_bytes], BadPayload)
+
     def test_flipped_bit_of_a_stream_never_passes(self):
         honest, rng = self.payload(), np.random.default_rng(0)
         begin = self.BODY + 4 + 3 * 8 + 8

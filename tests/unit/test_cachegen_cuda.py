@@ -12,6 +12,7 @@ from lmcache_ext.ops import cachegen, cachegen_cuda, cachegen_numpy
 from lmcache_ext.ops.chunks_cuda import Chunk, Memory, judge
 from lmcache_ext.ops.layout import DTYPES, Layout
 from tests.device import CSRC, aligned, built
+from tests.unit import test_cachegen
 from tests.unit.test_cachegen import ROWS, bins_of, many_heads, of_one_stream, spiky_row
 from tests.unit.test_fixed import layouts, plain_layout, random_row
 
@@ -157,6 +158,14 @@ def twin_answer(layout: Layout, payload: bytes, before: bytes) -> bytes | FrameE
 
 def told(answer: bytes | FrameError) -> bytes | type[FrameError]:
     return answer if isinstance(answer, bytes) else type(answer)
+
+
+class TestHostile(test_cachegen.TestHostile):
+    """Every attack by name on the kernels, which leave the row alone."""
+
+    def refused(self, payload: bytes, error: type[FrameError]) -> None:
+        before = b"\xa5" * self.LAYOUT.row_bytes
+        assert told(*decode(self.LAYOUT, [bytes(payload)], before)) is error
 
 
 def test_what_is_unaligned_or_too_small_is_refused_before_anything_runs():

@@ -16,6 +16,8 @@ from lmcache_ext.ops import cachegen, fixed, lossless, native, pages
 from tests.device import CSRC
 from tests.unit import test_cachegen, test_fixed, test_lossless, test_ops_pages
 
+pytestmark = pytest.mark.e2e  # ten seconds of compilers
+
 ROOT = Path(__file__).resolve().parents[2]
 WARNINGS = {
     "g++": ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"],  # GCC's own AVX-512 headers set that one off

@@ -12,11 +12,14 @@ if not cachegen.available():
     pytest.skip("no compiler was there when the package was installed", allow_module_level=True)
 
 
-@pytest.fixture
-def kernels(tmp_path, monkeypatch):
-    for face, source in ((cachegen_cuda, "cachegen.cu"), (fixed_cuda, "fixed.cu")):
-        library = face.bind(built(CSRC / source, tmp_path / f"{source}.so"))
-        monkeypatch.setattr(face, "_library", lambda library=library: library)
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    out = tmp_path_factory.mktemp("device")
+    with pytest.MonkeyPatch.context() as patch:
+        for face, source in ((cachegen_cuda, "cachegen.cu"), (fixed_cuda, "fixed.cu")):
+            library = face.bind(built(CSRC / source, out / f"{source}.so"))
+            patch.setattr(face, "_library", lambda library=library: library)
+        yield
 
 
 def test_codecs_are_checked_and_timed(kernels, monkeypatch, capsys):
