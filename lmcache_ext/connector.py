@@ -117,7 +117,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             found.config, lambda: settings.read_config(vllm_config), scheduler=self.connector_scheduler
         )
         self._adapters = Adapters()
-        self._report = HitReport()
+        self._report = HitReport(found.tokens_per_chunk)
         self._stats = OffloadingConnectorStats()
         self._pace = metrics.Pace()
         events = vllm_config.kv_events_config

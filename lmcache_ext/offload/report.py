@@ -39,7 +39,8 @@ def _as(serde: str) -> str:
 class HitReport:
     """The per-request line LMCache users look for, at most a few per second."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_per_chunk: int) -> None:
+        self._tokens_per_chunk = tokens_per_chunk
         self._second = 0
         self._lines = 0
         self._silent = 0
@@ -56,12 +57,19 @@ class HitReport:
             return
         self._lines += 1
         logger.info(
-            "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",
+            "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d%s",
             req_id,
             total_tokens,
             hit_tokens,
             load_tokens,
+            self._why_never(total_tokens),
         )
+
+    def _why_never(self, total_tokens: int) -> str:
+        """Of a prompt that no second time will find: why."""
+        if total_tokens > self._tokens_per_chunk:  # its last token is always computed
+            return ""
+        return f"; a prompt is reused in whole chunks, and this one has no more than the {self._tokens_per_chunk} of one"
 
 
 def _size(num_bytes: int) -> str:

@@ -1,0 +1,26 @@
+"""What a user reads of each request in the log."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmcache_ext.offload.report import HitReport, logger
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda text, *values: told.append(text % values))
+    return told
+
+
+def test_a_prompt_of_more_than_a_chunk_is_told_in_lmcaches_words(lines):
+    HitReport(256).tell("r", 257, 256, 256)
+    assert lines == ["Reqid: r, Total tokens 257, LMCache hit tokens: 256, need to load: 256"]
+
+
+@pytest.mark.parametrize("total_tokens", [11, 256])
+def test_a_prompt_that_no_second_time_finds_says_why(lines, total_tokens):
+    HitReport(256).tell("r", total_tokens, 0, 0)
+    assert "reused in whole chunks" in lines[0]
+    assert "256" in lines[0]
