@@ -16,13 +16,13 @@ from vllm.logger import init_logger
 from lmcache_ext.config import Config
 from lmcache_ext.errors import ConfigError, StoreError
 from lmcache_ext.offload.serdes import loss
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.far")

@@ -10,8 +10,8 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError, StoreFull
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.base import Store
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.registry import open_store
 from tests.contracts.store_contract import Landing, StoreContract, get, key_of, views
 

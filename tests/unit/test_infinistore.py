@@ -14,9 +14,9 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError, StoreFull, StoreTimeout, StoreUnavailable
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.infinistore_options import InfinistoreOptions, parse_options
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.registry import open_store
 from tests.contracts.store_contract import StoreContract, get, key_of, views
 from tests.infinistore_fake import Server, module

@@ -10,8 +10,8 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError, StoreUnavailable
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.mooncake_options import MooncakeOptions, parse_options
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.registry import open_store
 
 URL = "mooncakestore://127.0.0.1:50051/"

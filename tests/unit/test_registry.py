@@ -8,7 +8,7 @@ import pytest
 
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
-from lmcache_ext.offload.store_options import store_options
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.registry import open_store
 
 PLUGIN = """

@@ -10,8 +10,8 @@ import pytest
 from lmcache_ext.config import load_config
 from lmcache_ext.errors import StoreError, StoreTimeout
 from lmcache_ext.offload.far import guarded, num_threads
-from lmcache_ext.offload.store_options import store_options
 from lmcache_ext.stores.disk import DiskStore
+from lmcache_ext.stores.options import store_options
 from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.registry import open_store
 
