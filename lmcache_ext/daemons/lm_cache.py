@@ -16,13 +16,16 @@ from typing import TypeVar
 from lmcache_ext.daemons.lm_disk import Disk
 from lmcache_ext.daemons.lm_memory import Block, Memory
 from lmcache_ext.errors import StoreError
+from lmcache_ext.stores.base import NAMESPACE_BYTES
 from lmcache_ext.wire import lm
+from lmcache_ext.wire.names import key_of
 
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
 
 T = TypeVar("T")
 
 NUM_DISK_THREADS = 4
+MAX_NAMESPACES = 4096  # an answer has room for 20,000
 
 
 class Cache:
@@ -80,6 +83,12 @@ class Cache:
         if self.disk is not None:
             found.update(await self._on_disk(self.disk.names, "lists") or ())
         return sorted(found)
+
+    async def namespaces(self) -> dict[str, int]:
+        """How many objects there are of each namespace, as hex, of those with the most; "" is nobody's."""
+        keys = map(key_of, await self.names())
+        counts = Counter("" if key is None else key[:NAMESPACE_BYTES].hex() for key in keys)
+        return dict(counts.most_common(MAX_NAMESPACES))
 
     def close(self) -> None:
         """After the last call: waits for the disk's threads."""

@@ -153,7 +153,7 @@ class V2Dialect:
         elif request.op == v2.Op.GET:
             self._get(request)
         elif request.op == v2.Op.STATS:
-            self._reply(request.request_id, body=json.dumps(self._connection.host.stats()).encode())
+            self._stats(request)
         else:
             self._reply(request.request_id)
 
@@ -255,6 +255,16 @@ class V2Dialect:
     async def _delete_on_disk(self, disk: Disk, request_id: int, names: list[str], deleted: list[bool]) -> None:
         on_disk = await self._cache.delete_on_disk(disk, names)
         self._reply(request_id, value=sum(a or b for a, b in zip(deleted, on_disk, strict=True)))
+
+    def _stats(self, request: v2.Request) -> None:
+        if request.argument:
+            self._connection.start(self._stats_by_namespace(request.request_id))
+        else:
+            self._reply(request.request_id, body=json.dumps(self._connection.host.stats()).encode())
+
+    async def _stats_by_namespace(self, request_id: int) -> None:
+        found = self._connection.host.stats() | {"namespaces": await self._cache.namespaces()}
+        self._reply(request_id, body=json.dumps(found).encode())
 
     def _refuse_stranger(self, request_id: int) -> None:
         self._connection.count("unauthorized")

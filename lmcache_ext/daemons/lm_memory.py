@@ -82,6 +82,10 @@ class Memory:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def policy_name(self) -> str:
+        return self._policy.name
+
     def names(self) -> Iterator[str]:
         return iter(self._blocks)
 

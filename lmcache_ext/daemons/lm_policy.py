@@ -22,6 +22,8 @@ class Policy(ABC):
     Failure:  raises nothing: unknown names are passed over.
     """
 
+    name: str
+
     @abstractmethod
     def added(self, name: str, num_bytes: int) -> None:
         """A new object, or a new size of an old one."""
@@ -75,6 +77,8 @@ class _Queue:
 class LRU(Policy):
     """The least recently used goes first."""
 
+    name = "lru"
+
     def __init__(self, capacity_bytes: int) -> None:
         self._queue = _Queue()
 
@@ -98,6 +102,8 @@ GHOSTS = 100_000
 
 class S3FIFO(Policy):
     """Yang et al., SOSP 2023: a small queue of a tenth of the room, a main one, and names of the evicted."""
+
+    name = "s3-fifo"
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
@@ -151,6 +157,8 @@ class S3FIFO(Policy):
 class ARC(Policy):
     """Megiddo and Modha, FAST 2003, weighed in bytes: `_recent_bytes` is the border between the two."""
 
+    name = "arc"
+
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
         self._recent_bytes = 0
@@ -190,4 +198,4 @@ class ARC(Policy):
         return name
 
 
-POLICIES: dict[str, Callable[[int], Policy]] = {"lru": LRU, "s3-fifo": S3FIFO, "arc": ARC}
+POLICIES: dict[str, Callable[[int], Policy]] = {policy.name: policy for policy in (LRU, S3FIFO, ARC)}

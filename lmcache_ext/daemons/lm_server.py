@@ -111,6 +111,7 @@ class Server:
             "num_connections": len(self._connections),
             "uptime_s": round(time.monotonic() - self._started_at, 3),
             "has_data_dir": disk is not None,
+            "policy": memory.policy_name,
             **{name: self.counters[name] for name in sorted(self.counters)},
         }
 

@@ -21,7 +21,7 @@ import xxhash
 
 from lmcache_ext.config_values import boolean
 from lmcache_ext.errors import ConfigError, StoreError
-from lmcache_ext.stores.base import Store, Usage
+from lmcache_ext.stores.base import Store, Survey, Usage
 from lmcache_ext.stores.registry import open_store
 
 logger = logging.getLogger("vllm.lmcache_ext.stores.audit")
@@ -126,6 +126,9 @@ class AuditStore(Store):
             usage = self._store.usage()
             line.outcome = str(usage)
             return usage
+
+    def survey(self) -> list[Survey]:
+        return self._store.survey()
 
     def close(self) -> None:
         self._store.close()

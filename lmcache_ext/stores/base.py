@@ -37,6 +37,26 @@ class Usage:
     num_objects: int | None
 
 
+UNKNOWN = Usage(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one server of a store says of itself, for people who wonder why they have no hits. Holds no password."""
+
+    server: str
+    failure: str = ""
+    """Why it could not be asked; the rest is unknown then."""
+    ping_s: float | None = None
+    usage: Usage = UNKNOWN
+    when_full: str = ""
+    """What it does then, in its own word, such as ``allkeys-lru``; empty where it does not say."""
+    objects: Mapping[str, int] | None = None
+    """How many objects it has of each namespace (hex); None where it does not say."""
+    is_whole: bool = True
+    """Whether `objects` counts all of them; else the first it came upon, in no order."""
+
+
 class Store(ABC):
     """A place where objects rest. Keys: NAMESPACE_BYTES < len(key) <= MAX_KEY_BYTES."""
 
@@ -102,9 +122,26 @@ class Store(ABC):
         """Calls so far, by `<side>.<cause>`, that failed inside and were made up for there: nobody else counts them."""
         return {}
 
+    def survey(self) -> list[Survey]:
+        """What each server behind this store says of itself; may take seconds. Raises no StoreError."""
+
+        def ask() -> Survey:
+            self.ping()  # connects
+            return Survey(self.name, ping_s=self.ping(), usage=self.usage())
+
+        return [surveyed(self.name, ask)]
+
     @abstractmethod
     def close(self) -> None:
         """Release everything. May be called twice. No other call may follow."""
+
+
+def surveyed(server: str, ask: Callable[[], Survey]) -> Survey:
+    """What `ask` answers, or why it does not."""
+    try:
+        return ask()
+    except StoreError as error:
+        return Survey(server, failure=str(error))
 
 
 def _one_by_one(

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import xxhash
 
 from lmcache_ext.errors import ConfigError, StoreError, StoreUnavailable
-from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Usage
+from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Survey, Usage, surveyed
 from lmcache_ext.stores.disk_io import NO_ROOM, os_errors, read_into, unlink_if_there, write_new
-from lmcache_ext.stores.disk_scan import make_directory, object_path, temporary_name
+from lmcache_ext.stores.disk_scan import list_files, make_directory, namespaces_of, object_path, temporary_name
 from lmcache_ext.stores.disk_space import Space
 
 TOUCH_S = 60.0
@@ -131,6 +132,19 @@ class DiskStore(Store):
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def survey(self) -> list[Survey]:
+        """Of each root; walks over it, and removes nothing."""
+        return [surveyed(f"{self.name} {space.root}", partial(self._survey, space)) for space in self._spaces]
+
+    def _survey(self, space: Space) -> Survey:
+        started_at = self._clock()
+        with os_errors(f"{self.name}: survey {space.root}"):
+            os.statvfs(space.root)
+            ping_s = self._clock() - started_at
+            listing = list_files(space.root, None)
+        usage = Usage(listing.num_bytes, space.capacity_bytes, len(listing.objects))
+        return Survey(f"{self.name} {space.root}", "", ping_s, usage, "lru", namespaces_of(listing))
 
     def close(self) -> None:
         for space in self._spaces:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -116,6 +117,11 @@ def list_files(root: str, now: float | None) -> Listing:
         if is_empty:
             _prune(namespace.path, now)
     return listing
+
+
+def namespaces_of(listing: Listing) -> Counter[str]:
+    """How many objects there are of each namespace (hex)."""
+    return Counter(file.path.split("/")[-3] for file in listing.objects)
 
 
 def evict(listing: Listing, excess: int) -> Listing:

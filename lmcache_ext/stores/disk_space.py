@@ -94,6 +94,10 @@ class Space:
         self._retired: list[Lease] = []
         self._seen: _Seen | None = None
 
+    @property
+    def capacity_bytes(self) -> int | None:
+        return self._capacity
+
     def reserve(self, num_bytes: int) -> Lease | None:
         """Room for one write, evicting if need be; None where there is no limit. Give it to `settle`."""
         capacity = self._capacity

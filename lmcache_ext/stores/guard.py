@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lmcache_ext.errors import StoreError, StoreStalled, StoreUnavailable
-from lmcache_ext.stores.base import Store, Usage
+from lmcache_ext.stores.base import Store, Survey, Usage
 
 logger = logging.getLogger("vllm.lmcache_ext.stores.guard")
 
@@ -259,6 +259,10 @@ class Guarded(Store):
             except StoreError as error:
                 self._count(f"usage.{type(error).__name__}")
         return Usage(None, None, None)
+
+    def survey(self) -> list[Survey]:
+        """The store's own answer, open or not."""
+        return self._store.survey()
 
     def counters(self) -> dict[str, int]:
         """Calls so far by `<side>.<cause>`: ok, slow, rejected, opened, closed; objects by their error's class.

@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lmcache_ext.config_urls import mask_url
 from lmcache_ext.errors import ConfigError, StoreError, StoreUnavailable
-from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Usage
+from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES, Store, Survey, Usage, surveyed
 from lmcache_ext.stores.lmserver_link import Link, OldLink, connect
 from lmcache_ext.stores.lmserver_pool import Pool
 from lmcache_ext.stores.lmserver_shards import ShardedStore
@@ -148,11 +149,28 @@ class LMServerStore(Store):
     def usage(self) -> Usage:
         """Of the whole server; unknown where LMCache's answers."""
         with self._pool.link(self._settings.lookup_timeout_s) as link:
-            stats = link.stats()
-        return Usage(*(_count(stats.get(field)) for field in ("used_bytes", "capacity_bytes", "num_objects")))
+            return _usage(link.stats())
+
+    def survey(self) -> list[Survey]:
+        """LMCache's server says no more than that it is there."""
+        return [surveyed(f"lm {self.address}", self._survey)]
 
     def close(self) -> None:
         self._pool.close()
+
+    def _survey(self) -> Survey:
+        self.ping()  # connects
+        ping_s = self.ping()
+        with self._pool.link(self._settings.timeout_s) as link:
+            stats = link.stats(by_namespace=True)
+        objects = stats.get("namespaces")
+        return Survey(
+            f"lm {self.address}",
+            ping_s=ping_s,
+            usage=_usage(stats),
+            when_full=str(stats.get("policy", "")),
+            objects=objects if isinstance(objects, dict) else None,
+        )
 
     def _connect(self, timeout_s: float) -> Link:
         settings = self._settings
@@ -191,7 +209,8 @@ def parse_addresses(url: str) -> list[Address]:
     for piece in authority.split(","):
         found = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]@]+)):([0-9]{1,5})", piece.strip())
         if found is None or not 0 < int(found[3]) < 65536:
-            raise ConfigError(f"{url}: {piece!r} is not host:port, expected lm://host:65432 or a comma list of them")
+            shown = f"{mask_url(url)}: {mask_url(piece)!r}"
+            raise ConfigError(f"{shown} is not host:port, expected lm://host:65432 or a comma list of them")
         addresses.append(Address(found[1] or found[2], int(found[3])))
     return list(dict.fromkeys(addresses))
 
@@ -248,6 +267,10 @@ def _positive(url: str, name: str, value: object) -> float:
     if not 0 < number < 1e12 or not is_whole:
         raise ConfigError(f"{url}: {name} is {value!r}, expected a {'' if is_whole else 'whole '}number above 0")
     return int(number) if name in _COUNTS else number
+
+
+def _usage(stats: Mapping[str, Any]) -> Usage:
+    return Usage(*(_count(stats.get(field)) for field in ("used_bytes", "capacity_bytes", "num_objects")))
 
 
 def _count(value: object) -> int | None:

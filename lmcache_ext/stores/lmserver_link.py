@@ -57,7 +57,7 @@ class Link(ABC):
     def ping(self) -> None: ...
 
     @abstractmethod
-    def stats(self) -> dict[str, Any]: ...
+    def stats(self, *, by_namespace: bool = False) -> dict[str, Any]: ...
 
 
 class V2Link(Link):
@@ -118,8 +118,8 @@ class V2Link(Link):
     def ping(self) -> None:
         self._small_body(self._exchange(v2.Op.PING))
 
-    def stats(self) -> dict[str, Any]:
-        body = self._small_body(self._exchange(v2.Op.STATS))
+    def stats(self, *, by_namespace: bool = False) -> dict[str, Any]:
+        body = self._small_body(self._exchange(v2.Op.STATS, argument=int(by_namespace)))
         try:
             found = json.loads(body)
         except ValueError as error:
@@ -130,11 +130,11 @@ class V2Link(Link):
         size = min(self._can.max_batch_keys, v2.MAX_SMALL_BYTES // (2 + v2.MAX_KEY_BYTES))
         return [keys[at : at + size] for at in range(0, len(keys), size)]
 
-    def _exchange(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = ()) -> v2.Reply:
-        return self._receive(self._send(op, key, body))
+    def _exchange(self, op: v2.Op, body: Sequence[memoryview] = (), argument: int = 0) -> v2.Reply:
+        return self._receive(self._send(op, body, argument))
 
-    def _send(self, op: v2.Op, key: bytes = b"", body: Sequence[memoryview] = ()) -> int:
-        request = v2.Request(op, self._new_id(), key, sum(part.nbytes for part in body))
+    def _send(self, op: v2.Op, body: Sequence[memoryview] = (), argument: int = 0) -> int:
+        request = v2.Request(op, self._new_id(), b"", sum(part.nbytes for part in body), argument)
         self.line.send([memoryview(request.encode()), *body])
         return request.request_id
 
@@ -256,7 +256,7 @@ class OldLink(Link):
     def ping(self) -> None:
         self._ask(lm.Command.HEALTH, v2.HELLO_NAME)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, *, by_namespace: bool = False) -> dict[str, Any]:
         return {}
 
     def _ask(self, command: lm.Command, name: str) -> lm.Reply:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import xxhash
 
 from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
-from lmcache_ext.stores.base import Store, Usage
+from lmcache_ext.stores.base import Store, Survey, Usage
 from lmcache_ext.stores.guard import Guarded, only_failures
 
 T = TypeVar("T")
@@ -121,6 +121,10 @@ class ShardedStore(Store):
         for store in self._stores:
             total.update(only_failures(store.counters()))
         return total
+
+    def survey(self) -> list[Survey]:
+        """Of all servers at once."""
+        return [survey for found in self._at_once([store.survey for store in self._stores]) for survey in found]
 
     def close(self) -> None:
         with self._lock:

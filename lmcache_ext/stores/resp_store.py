@@ -13,15 +13,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TypeVar
 
 from lmcache_ext.errors import StoreError, StoreFull, StoreUnavailable
-from lmcache_ext.stores.base import Store, Usage
+from lmcache_ext.stores.base import Store, Survey, Usage, surveyed
 from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.redis_options import RespOptions
 from lmcache_ext.stores.resp import ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import MANIFEST_BYTES, WHOLE_PARTS, new_manifest, parse_manifest, redis_key
 from lmcache_ext.stores.resp_pool import Pool
+from lmcache_ext.stores.resp_survey import info_field, number, survey_of
 from lmcache_ext.stores.resp_topology import Moved, Topology, error_of
 from lmcache_ext.stores.resp_transfer import NOT_THERE, Command, Reader, Reading, Writing, head_of, manifest_in, write
 from lmcache_ext.stores.resp_wire import Deadline, PacedDeadline, Wire
@@ -112,13 +114,21 @@ class RespStore(Store):
         deadline = self._deadline()
         pools = self._pools(deadline)
         replies = self._roundtrip([(pool, [(b"INFO", b"memory")]) for pool in pools], deadline)
-        used = [_info(reply, b"used_memory") for reply in replies]
-        limits = [_info(reply, b"maxmemory") for reply in replies]
+        used = [number(info_field(reply, b"used_memory")) for reply in replies]
+        limits = [number(info_field(reply, b"maxmemory")) for reply in replies]
         return Usage(
             sum(number for number in used if number) if all(number is not None for number in used) else None,
             sum(limit for limit in limits if limit) if all(limits) else None,
             None,
         )
+
+    def survey(self) -> list[Survey]:
+        """Of every server that has keys; of all of them together, why nobody knows which these are."""
+        try:
+            pools = self._pools(self._deadline())
+        except StoreError as error:
+            return [Survey(self.name, failure=str(error))]
+        return [surveyed(pool.label, partial(survey_of, pool, self._deadline(), self._clock)) for pool in pools]
 
     def close(self) -> None:
         self._topology.close()
@@ -277,12 +287,3 @@ def _ok(reply: T, label: str) -> T:
     if isinstance(reply, ErrorReply):
         raise error_of(reply, label)
     return reply
-
-
-def _info(reply: Reply, name: bytes) -> int | None:
-    """A number of INFO's answer."""
-    for line in reply.splitlines() if isinstance(reply, bytes) else []:
-        key, _, value = line.partition(b":")
-        if key == name and value.isdigit():
-            return int(value)
-    return None

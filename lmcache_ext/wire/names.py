@@ -18,3 +18,12 @@ def name_of(key: bytes) -> str:
     if len(key) <= MAX_PLAIN_BYTES:
         return f"kvcf@1@0@{key.hex()}@uint8"
     return f"kvch@1@0@{hashlib.sha256(key).hexdigest()}@uint8"
+
+
+def key_of(name: str) -> bytes | None:
+    """The key of a name; None where it is that of a long key, or of somebody else's."""
+    pieces = name.split("@")
+    try:
+        return bytes.fromhex(pieces[3]) if len(pieces) == 5 and pieces[0] == "kvcf" else None
+    except ValueError:
+        return None

@@ -60,7 +60,8 @@ _STATUSES = frozenset(Status)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`body_bytes` follow the key. `argument` of a GET is how many bytes of the object are wanted at most."""
+    """`body_bytes` follow the key. `argument`: of a GET how many bytes of the object are wanted at most, of STATS 1 for
+    how many objects there are of each namespace."""
 
     op: Op
     request_id: int
