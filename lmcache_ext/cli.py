@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmcache_ext import __version__, doctor
+from lmcache_ext import __version__
 from lmcache_ext.config import load_config
 from lmcache_ext.config_diff import is_live
 from lmcache_ext.config_keys import KEYS, RENAMED
 from lmcache_ext.daemons import controller as controller_daemon
 from lmcache_ext.daemons import lmserver
+from lmcache_ext.doctor import verb as doctor_verb
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.manifests import verbs as manifest_verbs
 
 OK = 0
-FOUND = 1
 REFUSED = 2
-ANY_PROMPT = {"prompt": "a"}  # every explanation says what its server's namespace is made of
 
 
 def check_config(arguments: argparse.Namespace) -> int:
@@ -75,40 +73,6 @@ def serde_bench(arguments: argparse.Namespace) -> int:
     return subprocess.run([sys.executable, program, *arguments.arguments], check=False).returncode
 
 
-def diagnose(arguments: argparse.Namespace) -> int:
-    """Print what keeps each server from hits; 1 if something does, 2 if one cannot be asked."""
-    try:
-        key = Path(arguments.api_key_file).read_text().strip() if arguments.api_key_file else None
-        request = _request(arguments)
-        several = len(arguments.urls) > 1
-        asked = [
-            doctor.gather(url, api_key=key, request=request or (ANY_PROMPT if several else None))
-            for url in arguments.urls
-        ]
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    found = [(facts.url, finding) for facts in asked for finding in doctor.findings(facts, request is not None)]
-    found += [("", finding) for other in asked[1:] for finding in doctor.differences(asked[0], other)]
-    for url, finding in found:
-        print(f"{url + ': ' if several and url else ''}{finding.level}: {finding.what}")
-        if finding.way_out:
-            print(f"    {finding.way_out}")
-    return FOUND if any(finding.level == "problem" for _, finding in found) else OK
-
-
-def _request(arguments: argparse.Namespace) -> dict[str, object] | None:
-    """The request to explain; ValueError for a file that holds none."""
-    if arguments.prompt is not None:
-        return {"prompt": arguments.prompt}
-    if arguments.request is None:
-        return None
-    body = json.loads(Path(arguments.request).read_text())
-    if not isinstance(body, dict):
-        raise ValueError(f"{arguments.request}: is not the JSON body of a completion")
-    return body
-
-
 def _print_columns(rows: Sequence[tuple[str, str, str]]) -> None:
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for first, second, third in rows:
@@ -130,12 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("keys", help="list every setting and what it does here")
     verb.set_defaults(run=keys)
 
-    verb = verbs.add_parser("doctor", help="say why running servers have no hits, and whether they share")
-    verb.add_argument("urls", nargs="+", metavar="URL", help="a model server, such as http://localhost:8080")
-    verb.add_argument("--prompt", metavar="TEXT", help="explain this prompt too")
-    verb.add_argument("--request", metavar="FILE", help="explain the request with this JSON body too")
-    verb.add_argument("--api-key-file", metavar="FILE", help="the servers' API key")
-    verb.set_defaults(run=diagnose)
+    verb = verbs.add_parser(
+        "doctor", help="say why running servers have no hits: their own settings, peers and backends"
+    )
+    doctor_verb.add_arguments(verb)
 
     verb = verbs.add_parser("server", help="serve a cache for lm:// clients", add_help=False, prefix_chars="\0")
     verb.add_argument("arguments", nargs="*", metavar="HOST PORT [DEVICE]")

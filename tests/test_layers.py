@@ -39,7 +39,7 @@ ARROWS = {
     "connector": {"offload", "namespace", "frame", "config", "errors"},
     "plugin": {"offload", "config", "errors"},
     "manifests": {"config", "errors"},
-    "doctor": set(),
+    "doctor": {"stores", "config", "errors"},  # asks backends as a server would, through their stores
     "cli": {
         "doctor",
         "manifests",
@@ -69,7 +69,7 @@ ONLY_IN = {
     "mooncake": {"stores"},
     "infinistore": {"stores"},
 }
-WITHOUT_TORCH = ("config", "errors", "namespace", "frame", "wire", "stores", "daemons", "manifests")
+WITHOUT_TORCH = ("config", "errors", "namespace", "frame", "wire", "stores", "daemons", "manifests", "doctor")
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 

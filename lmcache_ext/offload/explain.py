@@ -27,7 +27,7 @@ ENABLED = "lmcache_ext.explain_enabled"
 ASK = "lmcache_ext.explain"
 ANSWER = "lmcache_ext.explanation"
 
-_SHOWN_CHARS = 120
+_SHOWN_CHARS = 16_384  # of a component: a model's whole config.json, so that two can be compared key by key
 
 # reason -> what it means and what to do; {names} are facts of the explanation
 TEXTS = {

@@ -3,95 +3,20 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from lmcache_ext import cli
-from lmcache_ext.doctor import CONFIG, EXPLAIN, Facts, differences, findings, gather, parse_metrics
-
-LABELS = 'engine="0",model_name="tiny"'
-HEALTHY = f"""\
-# HELP lmcache_ext:cache_active 1 while the KV cache connector is on.
-# TYPE lmcache_ext:cache_active gauge
-lmcache_ext:cache_active{{{LABELS}}} 1.0
-lmcache:num_lookup_requests_total{{{LABELS}}} 4.0
-lmcache:num_requested_tokens_total{{{LABELS}}} 4000.0
-lmcache:num_hit_tokens_total{{{LABELS},tier="host"}} 1024.0
-lmcache:num_hit_tokens_total{{{LABELS},tier="disk"}} 512.0
-lmcache_ext:tier_up{{{LABELS},tier="disk"}} 1.0
-vllm:cache_config_info{{block_size="128",enable_prefix_caching="True",prefix_caching_hash_algo="sha256_cbor"}} 1.0
-"""
-SETTINGS = {
-    "chunk_size": {"value": "256", "origin": "/lmcache/c.yaml:1", "live": False},
-    "bypass": {"value": "false", "origin": "default", "live": True},
-    "freeze": {"value": "false", "origin": "default", "live": True},
-}
-SHOWN = {"digest": "aaaaaaaa", "in_effect": True, "last_refusal": None, "settings": SETTINGS, "engines": {}}
-TOLD = {
-    "namespace": "00ff",
-    "components": {"weights": "w1", "hash": "h"},
-    "reason": "differs",
-    "text": "tokens up to 64 are known",
-    "first_missing_token": 64,
-    "text_before": "once upon",
-    "text_after": " a time",
-}
-
-
-class Answers:
-    """A server that answers as told: path -> (status, text)."""
-
-    def __init__(self, metrics=HEALTHY, config=SHOWN, explanation=TOLD, key=None):
-        self.key = key
-        self.requests = []
-        self.answers = {
-            "/metrics": (200, metrics),
-            CONFIG: (200, json.dumps(config)),
-            EXPLAIN: (200, json.dumps(explanation)),
-        }
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.answer(self)
-
-            def do_POST(self):
-                outer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                outer.answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def answer(self, handler):
-        status, text = self.answers.get(handler.path, (404, "{}"))
-        if self.key and handler.path != "/metrics" and handler.headers["Authorization"] != f"Bearer {self.key}":
-            status, text = 401, '{"error": "Unauthorized"}'
-        handler.send_response(status)
-        handler.end_headers()
-        handler.wfile.write(text.encode())
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
+from lmcache_ext.doctor.condition import findings
+from lmcache_ext.doctor.peers import differences
+from lmcache_ext.doctor.server import CONFIG, Facts, gather, parse_metrics
+from tests.answering import HEALTHY, LABELS, SETTINGS, SHOWN, TOLD, answering
 
 
 @pytest.fixture
 def serve():
-    made = []
-
-    def start(**options):
-        made.append(Answers(**options))
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.close()
+    with answering() as start:
+        yield start
 
 
 def facts(metrics=HEALTHY, config=SHOWN, **more):
@@ -117,6 +42,21 @@ class TestHealthy:
             "the cache is on",
             "1536 of 4000 prompt tokens came from the cache (38.4%), in 4 requests",
         ]
+
+
+class TestOwnPrefixCache:
+    OWN = f"vllm:prefix_cache_hits_total{{{LABELS}}} 2304.0\n"
+
+    def test_tokens_that_never_left_the_engine_are_no_misses(self):
+        metrics = HEALTHY.replace("1024.0", "0.0").replace("512.0", "0.0") + self.OWN
+        assert said(findings(facts(metrics=metrics)), "ok")[1:] == [
+            "0 of 4000 prompt tokens came from the cache (0.0%), in 4 requests",
+            "2304 tokens were vLLM's own prefix cache (GPU/CPU pool), so nothing had to be loaded",
+        ]
+        assert notes(metrics=metrics) == []
+
+    def test_are_named_beside_those_that_were_loaded(self):
+        assert "2304 tokens were vLLM's own" in said(findings(facts(metrics=HEALTHY + self.OWN)), "ok")[2]
 
 
 class TestProblem:
@@ -183,7 +123,7 @@ class TestNote:
     def test_tier_that_is_full(self):
         names = ("lmcache_ext:tier_used_bytes", "lmcache_ext:tier_capacity_bytes")
         full = "".join(f'{name}{{tier="disk"}} 1073741824\n' for name in names)
-        assert "disk is full (1.0 of 1.0 GiB)" in notes(metrics=HEALTHY + full)[0]
+        assert "disk is full (1.0 GiB of 1.0 GiB)" in notes(metrics=HEALTHY + full)[0]
 
     def test_chunks_that_were_not_written(self):
         dropped = 'lmcache_ext:dropped_chunks_total{tier="disk",cause="StoreFull"} 3\n'
@@ -207,8 +147,60 @@ class TestTwoServers:
             "http://a and http://b never share: weights differs: w1 and w2"
         ]
 
-    def test_that_do_not_explain_cannot_be_compared(self):
-        assert said(differences(facts(), Facts("http://b")), "note")
+    def test_of_another_seed_are_told_of_the_variable(self):
+        ours, theirs = f"sha256_cbor/{'a' * 64}", f"sha256_cbor/{'b' * 64}"
+        first = facts(explanation=TOLD | {"components": {"hash": ours}})
+        (finding,) = differences(first, Facts("http://b", explanation=TOLD | {"components": {"hash": theirs}}))
+        assert finding.what.startswith("http://a and http://b never share: hash differs: sha256_cbor/aaaa")
+        assert "give PYTHONHASHSEED the same value on both" in finding.way_out
+
+    def test_of_another_algorithm_are_told_of_the_flag(self):
+        (finding,) = self.pair(hash="sha256/python3.12.1/00")
+        assert "--prefix-caching-hash-algo" in finding.way_out
+
+    def test_of_other_chunks_see_both_and_the_setting(self):
+        first = facts(explanation=TOLD | {"components": {"chunk": "blocks=2 row=4096"}})
+        other = Facts("http://b", explanation=TOLD | {"components": {"chunk": "blocks=1 row=2048"}})
+        (finding,) = differences(first, other)
+        assert "chunk differs: blocks=2 row=4096 and blocks=1 row=2048" in finding.what
+        assert "chunk_size" in finding.way_out
+
+    def test_of_another_model_see_which_settings_of_it_differ(self):
+        def model(**changed):
+            settings = {f"key{number}": number for number in range(100)} | changed
+            return {"model": f"['LlamaForCausalLM']/None/{json.dumps(settings, sort_keys=True)}"}
+
+        first = facts(explanation=TOLD | {"components": model()})
+        other = Facts("http://b", explanation=TOLD | {"components": model(key7=70, rope_theta=5e5)})
+        (finding,) = differences(first, other)
+        assert finding.what.endswith("model differs: key7 is 7 and 70, rope_theta is null and 500000.0")
+
+    def test_long_texts_are_shown_where_they_differ(self):
+        first = facts(explanation=TOLD | {"components": {"groups": "x" * 5000 + "ours" + "y" * 5000}})
+        other = Facts("http://b", explanation=TOLD | {"components": {"groups": "x" * 5000 + "hers" + "y" * 5000}})
+        (finding,) = differences(first, other)
+        assert "xxours" in finding.what
+        assert "xxhers" in finding.what
+        assert len(finding.what) < 250
+
+    def test_component_that_only_one_has(self):
+        assert said(self.pair(loss="cachegen"), "problem") == [
+            "http://a and http://b never share: loss differs: nothing and cachegen"
+        ]
+
+    def test_that_do_not_explain_are_compared_by_what_they_show(self):
+        settings = SETTINGS | {"chunk_size": {"value": "128", "origin": "default", "live": False}}
+        other = Facts("http://b", 200, SHOWN | {"settings": settings}, parse_metrics(HEALTHY))
+        found = list(differences(facts(), other))
+        assert said(found, "problem") == ["http://a and http://b never share: chunk_size differs: 256 and 128"]
+        assert said(found, "note") == [
+            "http://a and http://b did not explain: of what is shown, "
+            "chunk_size, block_size, prefix_caching_hash_algo were compared"
+        ]
+
+    def test_that_show_nothing_cannot_be_compared(self):
+        (note,) = differences(Facts("http://a"), Facts("http://b"))
+        assert "nothing that they show could be compared" in note.what
 
 
 class TestAsking:
@@ -263,6 +255,22 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "weights differs: w1 and w2" in out
         assert "this request" not in out
+
+    def test_compares_a_peer(self, serve, capsys):
+        other = TOLD | {"components": {"weights": "w2", "hash": "h"}}
+        assert cli.main(["doctor", serve().url, "--peer", serve(explanation=other).url]) == 1
+        assert "weights differs: w1 and w2" in capsys.readouterr().out
+
+    def test_peer_that_is_gone_is_named_and_the_others_are_told_of(self, serve, capsys):
+        assert cli.main(["doctor", serve().url, "http://127.0.0.1:1", "--peer", serve().url]) == 1
+        out = capsys.readouterr().out
+        assert "problem: http://127.0.0.1:1 does not answer: " in out
+        assert "have one namespace" in out
+
+    def test_says_which_remote_was_not_asked(self, serve, capsys):
+        remote = {"value": "redis://u:***@redis:6379", "origin": "/lmcache/c.yaml:2", "live": True}
+        assert cli.main(["doctor", serve(config=SHOWN | {"settings": SETTINGS | {"remote_url": remote}}).url]) == 0
+        assert "its remote_url, redis://u:***@redis:6379, was not asked" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "arguments", [["http://127.0.0.1:1"], ["localhost:8080"], ["http://h", "--request", "/no"]]

@@ -1,122 +1,11 @@
-"""``lmcache-ext doctor URL``: why there are no hits, asked of running servers.
-
-It reads what every server shows (/metrics), what the model server of this project shows to who may ask
-(/lmcache/v1/config), and for one request /lmcache/v1/explain. Facts are gathered first and judged then, by
-functions that do no I/O. Standard library only.
-"""
+"""What keeps one server from hits, judged from what it says. No I/O."""
 
 from __future__ import annotations
 
-import json
-import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
 
-TIMEOUT_S = 60.0
-CONFIG, EXPLAIN = "/lmcache/v1/config", "/lmcache/v1/explain"
-NEARLY_FULL = 0.95
-
-Level = Literal["ok", "note", "problem"]
-Sample = tuple[Mapping[str, str], float]
-
-_SERIES = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report, and what to do about it."""
-
-    level: Level
-    what: str
-    way_out: str = ""
-
-
-@dataclass(slots=True)
-class Facts:
-    """What one server said."""
-
-    url: str
-    config_status: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, list[Sample]] = field(default_factory=dict)
-    explain_status: int = 0
-    explanation: dict[str, Any] = field(default_factory=dict)
-
-    def total(self, name: str, **labels: str) -> float | None:
-        """The sum of a metric's samples with these labels; None where there are none."""
-        found = [value for has, value in self.metrics.get(name, ()) if labels.items() <= has.items()]
-        return sum(found) if found else None
-
-    def by(self, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-        """Samples above zero, summed by some labels."""
-        found: dict[tuple[str, ...], float] = {}
-        for has, value in self.metrics.get(name, ()):
-            if value > 0:
-                key = tuple(has.get(label, "") for label in labels)
-                found[key] = found.get(key, 0.0) + value
-        return found
-
-    def setting(self, key: str) -> str | None:
-        """A setting's effective value, as text; None where the server did not say."""
-        found = self.config.get("settings", {}).get(key)
-        return None if found is None else str(found["value"])
-
-
-# --- asking --------------------------------------------------------------------------------------
-
-
-def gather(url: str, *, api_key: str | None = None, request: Mapping[str, Any] | None = None) -> Facts:
-    """Ask one server. Raises OSError where it cannot be reached, ValueError where `url` is not one of http."""
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url} is not a server's address: write it as http://host:8080")
-    facts = Facts(url.rstrip("/"))
-    status, text = _fetch(facts.url + "/metrics", api_key)
-    facts.metrics = parse_metrics(text) if status == 200 else {}
-    facts.config_status, text = _fetch(facts.url + CONFIG, api_key)
-    facts.config = _json(text)
-    if request is not None:
-        facts.explain_status, text = _fetch(facts.url + EXPLAIN, api_key, request)
-        facts.explanation = _json(text)
-    return facts
-
-
-def _fetch(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """Status and text of an answer, whatever it is."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    data = None
-    if body is not None:
-        data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-    call = urllib.request.Request(url, data, headers)
-    try:
-        with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
-            return answer.status, answer.read().decode("utf-8", "replace")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode("utf-8", "replace")
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def parse_metrics(text: str) -> dict[str, list[Sample]]:
-    """Prometheus' text format: name -> samples."""
-    found: dict[str, list[Sample]] = {}
-    for line in text.splitlines():
-        matched = None if line.startswith("#") else _SERIES.match(line)
-        if matched is not None:
-            found.setdefault(matched[1], []).append((dict(_LABEL.findall(matched[2] or "")), float(matched[3])))
-    return found
-
-
-# --- judging -------------------------------------------------------------------------------------
+from lmcache_ext.doctor.findings import NEARLY_FULL, Finding, gib
+from lmcache_ext.doctor.server import CONFIG, Facts
 
 
 def findings(facts: Facts, with_request: bool = True) -> Iterator[Finding]:
@@ -194,10 +83,15 @@ def _traffic(facts: Facts) -> Iterator[Finding]:
         )
         yield Finding("problem", what, "lower chunk_size (restart), or put what prompts share at their beginning")
     hits = facts.total("lmcache:num_hit_tokens_total") or 0
+    own = facts.total("vllm:prefix_cache_hits_total") or 0
     asked = tokens * lookups
     share = hits / asked if asked else 0.0
     what = f"{hits:.0f} of {asked:.0f} prompt tokens came from the cache ({share:.1%}), in {lookups:.0f} requests"
-    yield Finding("ok" if hits else "note", what, "" if hits else "explain one request: --prompt or --request")
+    found = bool(hits or own)
+    yield Finding("ok" if found else "note", what, "" if found else "explain one request: --prompt or --request")
+    if own:
+        what = f"{own:.0f} tokens were vLLM's own prefix cache (GPU/CPU pool), so nothing had to be loaded"
+        yield Finding("ok", what)
 
 
 def _tiers(facts: Facts) -> Iterator[Finding]:
@@ -215,7 +109,7 @@ def _tiers(facts: Facts) -> Iterator[Finding]:
     for (tier,), used in facts.by("lmcache_ext:tier_used_bytes", "tier").items():
         capacity = capacities.get((tier,), 0.0)
         if capacity and used >= NEARLY_FULL * capacity:
-            what = f"{tier} is full ({used / 2**30:.1f} of {capacity / 2**30:.1f} GiB): the oldest chunks make way"
+            what = f"{tier} is full ({gib(used)} of {gib(capacity)}): the oldest chunks make way"
             yield Finding("note", what, "raise its limit if prefixes return later than they are evicted")
 
 
@@ -249,18 +143,3 @@ JUDGES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _tiers,
     _losses,
 )
-
-
-def differences(first: Facts, other: Facts) -> Iterator[Finding]:
-    """Why two servers would not find each other's chunks; both must have explained a request."""
-    ours, theirs = first.explanation.get("components"), other.explanation.get("components")
-    if not ours or not theirs:
-        way_out = "start both with --enable_lmcache_endpoints"
-        yield Finding("note", f"{first.url} and {other.url} cannot be compared: not both explain", way_out)
-        return
-    different = [name for name in ours if ours[name] != theirs.get(name)]
-    for name in different:
-        what = f"{first.url} and {other.url} never share: {name} differs: {ours[name]} and {theirs.get(name)}"
-        yield Finding("problem", what)
-    if not different:
-        yield Finding("ok", f"{first.url} and {other.url} have one namespace: {first.explanation['namespace']}")
