@@ -20,10 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Sec
 
 from lmcache_ext.config_keys import KEYS, Key
 from lmcache_ext.config_merge import read_sources
-from lmcache_ext.config_settle import settle
+from lmcache_ext.config_quotas import Quota
+from lmcache_ext.config_settle import DEFAULT_HOST_BYTES, settle
 from lmcache_ext.config_sources import Origin, shown
 from lmcache_ext.config_urls import masked
-from lmcache_ext.config_values import GIB, in_gib
+from lmcache_ext.config_values import in_gib
 from lmcache_ext.errors import ConfigError
 
 __all__ = [
@@ -147,7 +148,9 @@ class Health(_Part):
 class Live(_Part):
     """What a running server may change (`lmcache_ext.reload`); a new file that differs elsewhere needs a restart."""
 
-    host_capacity_bytes: int = 5 * GIB  # of the whole engine: all ranks share one region (LMCache: of each rank)
+    host_capacity_bytes: int = (
+        DEFAULT_HOST_BYTES  # of the whole engine: all ranks share one region (LMCache: of each rank)
+    )
     disk_capacity_bytes: int | None = None  # of all disk_paths together; None without any
     remote_url: str | None = None
     remote_serde: Serde = "naive"
@@ -162,6 +165,7 @@ class Live(_Part):
     remote_min_uses: int = 1
     promote_on_hit: bool = True
     save_decode_cache: bool = False
+    quotas: tuple[Quota, ...] = ()  # by tenant; none: nobody is limited
     freeze: bool = False  # look up and load, store nothing new
     bypass: bool = False  # neither look up nor store
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -237,7 +241,8 @@ class Config(_Part):
                 rows.append((key.name, self._shown(key), self.origin(key.name).text))
         for name, value in self.live.extra_config.items():
             key_name = f"extra_config.{name}"
-            rows.append((key_name, shown(key_name, value), self.origin(key_name).text))
+            words = in_words(key_name, self.live.quotas) if name == "quotas" else shown(key_name, value)
+            rows.append((key_name, words, self.origin(key_name).text))
         return rows
 
     def _shown(self, key: Key) -> str:

@@ -11,6 +11,7 @@ import difflib
 import re
 from typing import Literal, NamedTuple
 
+from lmcache_ext.config_quotas import quotas
 from lmcache_ext.config_stores import INFINISTORE, mooncake_names
 from lmcache_ext.config_urls import directories, host_and_port, remote_url
 from lmcache_ext.config_values import (
@@ -313,6 +314,7 @@ _EXTRA_HONOURED = (
     Key("ping_interval", seconds, "live.health.ping_interval_s"),
     Key("get_blocking_failed_threshold", whole(1), "live.health.failures_before_open"),
     Key("waiting_time_for_recovery", seconds, "live.health.recovery_s"),
+    Key("quotas", optional(quotas), "live.quotas"),
     Key("disk_io_threads", whole(1, 256), "disk_io_threads"),
     Key("host_kv_dtype", one_of(*HOST_KV_DTYPES), "host_kv_dtype"),
     Key("cachegen_key_bins", list_of(number(1, 4096)), "cachegen_key_bins"),

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from lmcache_ext.config_keys import BIT_EXACT_SERDES, LEGACY_SERDES
 from lmcache_ext.config_merge import Draft
+from lmcache_ext.config_quotas import OTHERS, Quota
 from lmcache_ext.config_sources import Origin, Setting, refusal
 from lmcache_ext.config_urls import directories, split_url
 from lmcache_ext.config_values import GIB, in_gib, seconds
 
+DEFAULT_HOST_BYTES = 5 * GIB
 DEFAULT_DISK_BYTES = 10 * GIB  # LMCache's own default is 0: a disk that stores nothing
 
 
@@ -19,6 +21,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     _settle_disk(draft)
     _settle_loss(draft)
     _settle_host(draft)
+    _settle_quotas(draft)
     _settle_fixed(draft)
     _settle_controller(draft)
     _add_variables_of_others(draft, environ)
@@ -76,6 +79,23 @@ def _settle_host(draft: Draft) -> None:
         raise refusal(size, "lets nothing be stored in host memory: write a size such as 5, or local_cpu: false")
     if capacity_bytes:
         draft.note(size, f"{in_gib(capacity_bytes)} for the whole engine (LMCache: for each rank)")
+
+
+def _settle_quotas(draft: Draft) -> None:
+    """A quota is an upper limit and no reservation: say where it limits nothing, or promises too much."""
+    quotas: tuple[Quota, ...] = draft.values.get("live.quotas", ())
+    capacity_bytes = draft.values.get("live.host_capacity_bytes", DEFAULT_HOST_BYTES)
+    if not quotas or not capacity_bytes:
+        return
+    setting, whole = draft.settings["extra_config.quotas"], f"max_local_cpu_size of {in_gib(capacity_bytes)}"
+    for quota in quotas:
+        if quota.host_bytes >= capacity_bytes:
+            draft.note(setting, f"{quota} limits nothing: it is not less than {whole}")
+    total_bytes = sum(quota.host_bytes for quota in quotas if quota.tenant != OTHERS)
+    if total_bytes > capacity_bytes:
+        draft.note(
+            setting, f"{in_gib(total_bytes)} for all named tenants is more than {whole}: they may evict each other"
+        )
 
 
 def _settle_fixed(draft: Draft) -> None:

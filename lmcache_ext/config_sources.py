@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lmcache_ext.config_quotas import tenant_label
 from lmcache_ext.config_urls import masked
 from lmcache_ext.config_values import optional, table
 from lmcache_ext.errors import ConfigError
@@ -172,7 +173,9 @@ def _yaml_problem(path: str, content: str, error: yaml.YAMLError) -> str:
         scanning = (error.context or "").startswith(("while scanning a simple key", "while scanning a quoted"))
         mark = (error.context_mark if scanning else None) or error.problem_mark or error.context_mark
         line, problem = mark.line + 1 if mark else 1, error.problem or "syntax error"
-    if "'\\t'" in problem:
+    if getattr(error, "context", None) == "while scanning an alias":
+        problem = 'a * begins an alias, put it in quotes: "*"'
+    elif "'\\t'" in problem:
         problem += ", indent with spaces instead of tabs"
     elif "expected a single document" in (getattr(error, "context", None) or ""):
         problem = "a second document begins here, keep one and remove the '---'"
@@ -180,8 +183,8 @@ def _yaml_problem(path: str, content: str, error: yaml.YAMLError) -> str:
     return f"{path}:{line}: not a valid LMCache file: {problem}; it is YAML such as chunk_size: 256"
 
 
-def _check_mappings(node: yaml.Node, path: str) -> None:
-    """Refuse keys that are not strings, and keys written twice, at any depth."""
+def _check_mappings(node: yaml.Node, path: str, *, within: str = "") -> None:
+    """Refuse keys that are not strings, and keys written twice, at any depth; `within` is the key above."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_mappings(item, path)
@@ -191,16 +194,22 @@ def _check_mappings(node: yaml.Node, path: str) -> None:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if key.tag != "tag:yaml.org,2002:str" or not key.value or not key.value.isprintable():
-            word = shown("", key.value if isinstance(key, yaml.ScalarNode) else "...")
+            word = shown("", _key_shown(within, key.value) if isinstance(key, yaml.ScalarNode) else "...")
             raise ConfigError(
                 f"{path}:{line}: the key {word} is not a name: write 'key: value', such as chunk_size: 256"
             )
         if key.value in lines:
+            name = _key_shown(within, key.value)
             raise ConfigError(
-                f"{path}:{line}: {key.value}: written twice, in line {lines[key.value]} too: remove one of them"
+                f"{path}:{line}: {name}: written twice, in line {lines[key.value]} too: remove one of them"
             )
         lines[key.value] = line
-        _check_mappings(value, path)
+        _check_mappings(value, path, within=key.value)
+
+
+def _key_shown(within: str, key: str) -> str:
+    """A key as messages name it: one of quotas may be a salt."""
+    return tenant_label(key) if within == "quotas" else key
 
 
 def _check_not_a_manifest(root: yaml.MappingNode, path: str) -> None:

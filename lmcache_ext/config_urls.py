@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-from lmcache_ext.config_values import text
+from lmcache_ext.config_quotas import masked_quotas
+from lmcache_ext.config_values import MASK, text
 
 _CREDENTIALS = re.compile(r"^([a-z0-9+.-]+://)?([^:/@\s]*):?(.*)@", re.IGNORECASE | re.DOTALL)
 _SECRET_QUERY = re.compile(r"([?&][^=&]*(?:password|passwd|secret|token|key|sig)[^=&]*=)[^&]*", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"pass|pwd|secret|token|cred|access_key|account_key|api_key|connection_string", re.I)
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[0-9A-Za-z]+)?\]")
-MASK = "***"
 
 
 class Scheme(NamedTuple):
@@ -169,6 +169,8 @@ def mask_url(value: str) -> str:
 
 def masked(key: str, value: object) -> object:
     """``value`` as it may be shown: secrets replaced, in nested values too."""
+    if key.removeprefix("extra_config.") == "quotas":
+        return masked_quotas(value)
     if isinstance(value, str):
         return MASK if _may_hold_secrets(key) and value else mask_url(value)
     if isinstance(value, Mapping):

@@ -22,6 +22,7 @@ Reader = Callable[[object], Any]
 
 GIB = 1024**3
 PIB = 1024**5
+MASK = "***"  # stands for a secret
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a-z]*)", re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")

@@ -40,6 +40,7 @@ from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.prefix import PrefixLookup
 from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.serdes import loss
+from lmcache_ext.offload.tenants import label_tenant
 from lmcache_ext.offload.tuning import Tuning, set_log_level
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             return
         self._hooks.run("reload", self._between_steps, None)
         req_id = request.request_id
+        self._hooks.run("label_tenant", lambda: label_tenant(request), False, req_id=req_id)
         if not self._hooks.run("label_adapter", lambda: self._adapters.label(request), False, req_id=req_id):
             request.kv_transfer_params = {**(request.kv_transfer_params or {}), ADAPTER_PARAM: ""}
         self._hooks.run(

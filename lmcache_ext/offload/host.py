@@ -2,21 +2,33 @@
 
 Rows are reserved when the engine starts, pinned and mapped by every process; no more can be had later. How many
 of them hold chunks can change: withheld rows stay reserved and are used by nobody.
+
+Where a tenant has a quota, its own chunks make room for its new ones; nobody else's do, and where they cannot,
+the end of its prompt is not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import OffloadingEvent, OffloadKey, PrepareStoreOutput, ReqContext
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
+from lmcache_ext.config_quotas import Quota
 from lmcache_ext.offload.holdings import Holdings
 from lmcache_ext.offload.lookups import adapter_of
+from lmcache_ext.offload.policies import evict_among, resident
+from lmcache_ext.offload.tenants import Tenants, tenant_of
+
+logger = init_logger("vllm.lmcache_ext.offload.host")
+
+_SLACK = 64  # a tenant that is full gives back a 64th at once: finding its oldest chunks looks at all of them
 
 
 class HostTier(CPUPrimaryTierOffloadingManager):
@@ -33,6 +45,9 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._withheld: list[int] = []
         self.holdings: Holdings | None = None
         """Where somebody wants to know, what is here."""
+        self._tenants = Tenants()
+        self._quotas: tuple[Quota, ...] = ()
+        self.prepare_write = self._prepare_promotion  # vLLM's name for it
 
     @property
     def row_bytes(self) -> int:
@@ -65,8 +80,21 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._policy.cache_capacity = self._limit
         self.settle()
 
+    def set_quotas(self, quotas: tuple[Quota, ...]) -> None:
+        """Let each tenant hold so much; who holds more is brought down, chunks that are pinned later (`settle`)."""
+        if quotas == self._quotas:
+            return
+        self._quotas = quotas
+        for quota in quotas:
+            if 0 < quota.host_bytes < self.row_bytes:
+                logger.warning("quotas: %s holds no chunk, which takes %d bytes", quota, self.row_bytes)
+        self._tenants.set_quotas(quotas, self.row_bytes, resident(self._policy))
+        self.settle()
+
     def settle(self) -> None:
         """Withhold rows above the limit, as far as nothing pins them; give back those below it."""
+        if self._tenants.over:
+            self._trim()
         if self._num_chunks == self._limit:
             return
         self._free_list.extend(range(self._num_allocated_chunks, self._num_chunks))  # never used so far
@@ -90,32 +118,89 @@ class HostTier(CPUPrimaryTierOffloadingManager):
     def _evict(self, num_rows: int) -> int:
         """Free up to `num_rows` rows, of those that are not pinned; how many."""
         num_rows = min(num_rows, self._num_evictable_cache_chunks)
-        evicted = self._policy.evict(num_rows, set()) if num_rows > 0 else None
+        return self._drop(self._policy.evict(num_rows, set()) or ()) if num_rows > 0 else 0
+
+    def _drop(self, evicted: Sequence[tuple[OffloadKey, ChunkStatus]]) -> int:
+        """These have left the policy; how many."""
         if not evicted:
             return 0
         self._num_evictable_cache_chunks -= len(evicted)
         for _, chunk in evicted:
             self._free_chunk(chunk)
         keys = [key for key, _ in evicted]
-        if self.holdings is not None:
-            self.holdings.remove(keys)
+        self._forget(keys)
         if self.events is not None:
             self.events.append(OffloadingEvent(keys=keys, medium=self.medium, removed=True))
         return len(evicted)
 
+    def _forget(self, keys: Collection[OffloadKey]) -> None:
+        """Chunks that were here are not any more."""
+        self._tenants.discharge(keys)
+        if self.holdings is not None:
+            self.holdings.remove(keys)
+
+    # -- tenants ---------------------------------------------------------------------------------
+
+    def _trim(self) -> None:
+        """Bring tenants down to their quotas, as far as nothing pins their chunks."""
+        for tenant in list(self._tenants.over):
+            self._evict_of(tenant, self._tenants.excess(tenant), set())
+            if not self._tenants.excess(tenant):
+                self._tenants.over.discard(tenant)
+
+    def _evict_of(self, tenant: str, num_rows: int, protected: set[OffloadKey]) -> int:
+        """Evict up to `num_rows` chunks of a tenant; returns how many."""
+        if num_rows <= 0:
+            return 0
+        num_evicted = self._drop(evict_among(self._policy, self._tenants.held(tenant), num_rows, protected))
+        self._tenants.count_evicted(tenant, num_evicted)
+        return num_evicted
+
+    def _within_quota(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, tenant: str, limit: int
+    ) -> Collection[OffloadKey]:
+        """`keys` less what its tenant may not add; evicts older chunks of it, but none of the same request."""
+        new = [key for key in keys if self._policy.get(key) is None]
+        lacking = self._tenants.num_held(tenant) + len(new) - limit
+        if not new or lacking <= 0:
+            return keys
+        protected = self._get_request_cache_access(req_context).seen_keys.union(keys)
+        lacking -= self._evict_of(tenant, max(lacking, limit // _SLACK), protected)
+        if lacking <= 0:
+            return keys
+        position = req_context.get_offload_key_position
+        new.sort(key=lambda key: position(key) or 0)  # the head of a prompt is worth something without its tail
+        refused = set(new[max(0, len(new) - lacking) :])
+        self._tenants.count_rejected(tenant, len(refused))
+        return [key for key in keys if key not in refused]
+
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         self.settle()  # first: else a row above the limit that has just become free would be taken again
+        tenant = tenant_of(req_context)
+        if (limit := self._tenants.limit(tenant)) is not None:
+            keys = self._within_quota(keys, req_context, tenant, limit)
         planned: PrepareStoreOutput | None = super().prepare_store(keys, req_context)
-        if self.holdings is not None and planned is not None and planned.evicted_keys:
-            self.holdings.remove(planned.evicted_keys)
+        if planned is None:
+            return None
+        if planned.evicted_keys:
+            self._forget(planned.evicted_keys)
+        if self._tenants.counts(tenant):
+            self._tenants.charge(tenant, planned.keys_to_store)
         return planned
+
+    def _prepare_promotion(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
+        """Rows for chunks from a far tier; None where there is none."""
+        planned = self.prepare_store(keys, req_context)
+        return planned if planned is not None and planned.keys_to_store else None
 
     @override
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         holdings = self.holdings if success else None
         new = [] if holdings is None else [key for key in keys if self._is_pending(key)]
         super().complete_store(keys, req_context, success)
+        if not success:
+            self._tenants.discharge([key for key in keys if self._policy.get(key) is None])
         if holdings is not None and new:
             chunks = [(key, self._policy.get(key).chunk_id) for key in new]
             holdings.add(chunks, adapter_of(req_context))
@@ -125,9 +210,17 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         return chunk is not None and not chunk.is_ready
 
     @override
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        stats = super().get_stats()
+        if stats is not None:
+            self._tenants.count_into(stats)
+        return stats
+
+    @override
     def reset_cache(self) -> None:
         super().reset_cache()
         if self.holdings is not None:
             self.holdings.clear()
+        self._tenants.clear()
         self._num_chunks = self._limit  # rows are numbered anew from 0
         self._withheld = list(range(self._limit, self.num_reserved))

@@ -200,12 +200,13 @@ class BoundedTieringManager(TieringOffloadingManager):
         rows = written.store_spec
         assert isinstance(rows, CPULoadStoreSpec)
         source = self._stored_tiers[place].cache_hit_source
-        self._request_load_sources.setdefault(req_context.req_id, {}).update(dict.fromkeys(fitting, source))
+        taken = written.keys_to_store  # the head of `fitting`, where a quota leaves room for no more
+        self._request_load_sources.setdefault(req_context.req_id, {}).update(dict.fromkeys(taken, source))
         pending = self._pending_load_submissions.setdefault(place, {})
         entry = pending.setdefault(req_context.req_id, PendingPromotion(req_context))
-        entry.keys.extend(written.keys_to_store)
+        entry.keys.extend(taken)
         entry.chunk_ids.extend(rows.chunk_ids)
-        return len(fitting)
+        return len(taken)
 
     @override
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:

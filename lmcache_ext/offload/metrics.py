@@ -21,6 +21,10 @@ ABANDONED_CHUNKS = "lmcache_ext:abandoned_chunks"
 TIER_UP = "lmcache_ext:tier_up"
 TIER_USED_BYTES = "lmcache_ext:tier_used_bytes"
 TIER_CAPACITY_BYTES = "lmcache_ext:tier_capacity_bytes"
+TENANT_QUOTA_BYTES = "lmcache_ext:tenant_quota_bytes"
+TENANT_CHARGED_BYTES = "lmcache_ext:tenant_charged_bytes"
+TENANT_EVICTED_CHUNKS = "lmcache_ext:tenant_evicted_chunks"
+TENANT_REJECTED_CHUNKS = "lmcache_ext:tenant_rejected_chunks"
 HOOK_FAILURES = "lmcache_ext:hook_failures"
 CACHE_ACTIVE = "lmcache_ext:cache_active"
 CONFIG_RELOADS = "lmcache_ext:config_reloads"
@@ -44,6 +48,15 @@ def definitions() -> dict[str, OffloadingMetricMetadata]:
         TIER_UP: gauge("1 while the tier answers, 0 while its circuit breaker is open.", ("tier",)),
         TIER_USED_BYTES: gauge("Bytes the tier holds (an estimate where the store is shared).", ("tier",)),
         TIER_CAPACITY_BYTES: gauge("Bytes the tier may hold.", ("tier",)),
+        TENANT_QUOTA_BYTES: gauge(
+            "Bytes a tenant may hold; of * each other tenant; +Inf: no more.", ("tier", "tenant")
+        ),
+        TENANT_CHARGED_BYTES: gauge("Bytes a tenant holds; of * all other tenants together.", ("tier", "tenant")),
+        TENANT_EVICTED_CHUNKS: counter("Chunks evicted because their tenant was over its quota.", ("tier", "tenant")),
+        TENANT_REJECTED_CHUNKS: counter(
+            "Chunks not taken in because their tenant's quota was used up by chunks in use or of the same prompt.",
+            ("tier", "tenant"),
+        ),
         HOOK_FAILURES: counter("Exceptions in the connector, each contained to its request.", ("hook",)),
         CACHE_ACTIVE: gauge("1 while the KV cache connector is on."),
         CONFIG_RELOADS: counter("Changed configuration files, by what became of them.", ("outcome",)),

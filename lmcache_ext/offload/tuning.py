@@ -120,6 +120,7 @@ class Tuning:
         if scheduler is None or manager is None:
             return
         manager.frozen = self.live.freeze or self.live.bypass
+        manager.host.set_quotas(self.live.quotas)
         prompt_only = not self.live.save_decode_cache
         if scheduler.config.offload_prompt_only != prompt_only:
             scheduler.config = scheduler.config._replace(offload_prompt_only=prompt_only)

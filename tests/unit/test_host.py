@@ -9,6 +9,7 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
 
 from lmcache_ext.offload.host import HostTier
+from lmcache_ext.offload.policies import resident
 from lmcache_ext.offload.rows import open_rows
 from tests.unit.test_tier import key
 
@@ -50,6 +51,18 @@ class Host(HostTier):
         rows = [*self.rows_in_use(), *self._free_list, *fresh, *self._withheld]
         assert sorted(rows) == list(range(NUM_ROWS))
         assert self._num_chunks + len(self._withheld) == NUM_ROWS
+        assert self._tenants._owners.keys() <= set(resident(self._policy))
+
+
+def build_host(policy="lru", module=None, **options):
+    engine_id = f"test-{uuid.uuid4().hex}"
+    sizes = {"num_chunks": NUM_ROWS, "row_bytes": ROW_BYTES, "worker_bytes": ROW_BYTES}
+    worker = open_rows(engine_id=engine_id, rank=0, **sizes)
+    region = open_rows(engine_id=engine_id, rank=None, **sizes)
+    worker.cleanup()
+    host = Host(NUM_ROWS, region, cache_policy=policy, cache_policy_module_path=module, **options)
+    host.req = ReqContext("r")
+    return host
 
 
 @pytest.fixture
@@ -57,15 +70,8 @@ def make():
     made = []
 
     def build(policy="lru", module=None, **options):
-        engine_id = f"test-{uuid.uuid4().hex}"
-        sizes = {"num_chunks": NUM_ROWS, "row_bytes": ROW_BYTES, "worker_bytes": ROW_BYTES}
-        worker = open_rows(engine_id=engine_id, rank=0, **sizes)
-        region = open_rows(engine_id=engine_id, rank=None, **sizes)
-        worker.cleanup()
-        host = Host(NUM_ROWS, region, cache_policy=policy, cache_policy_module_path=module, **options)
-        host.req = ReqContext("r")
-        made.append(host)
-        return host
+        made.append(build_host(policy, module, **options))
+        return made[-1]
 
     yield build
     for host in made:

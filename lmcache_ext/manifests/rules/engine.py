@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from lmcache_ext.config_keys import OTHER_VARIABLES, nearest
 from lmcache_ext.config_merge import is_known
 from lmcache_ext.config_sources import is_service_link
-from lmcache_ext.config_urls import MASK, is_secret
+from lmcache_ext.config_urls import is_secret
+from lmcache_ext.config_values import MASK
 from lmcache_ext.manifests.bundle import Bundle
 from lmcache_ext.manifests.caches import CONNECTORS, Cache, caches, unquoted
 from lmcache_ext.manifests.findings import Found, Rule

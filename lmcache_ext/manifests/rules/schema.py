@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from lmcache_ext.config_urls import MASK, is_secret
+from lmcache_ext.config_urls import is_secret
+from lmcache_ext.config_values import MASK
 from lmcache_ext.manifests.bundle import FILE, HELM, LMCACHE, REQUEST, UNKNOWN, URL, Bundle, Document
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.guides import is_guide

@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from lmcache_ext.config_urls import MASK, is_secret, mask_url
+from lmcache_ext.config_urls import is_secret, mask_url
+from lmcache_ext.config_values import MASK
 from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests.bundle import read_bundle
 from lmcache_ext.manifests.nodes import Node, documents
