@@ -27,7 +27,7 @@ from tests.servers import until
 
 NAMESPACE = bytes(range(16))
 NUM_ROWS, ROW_BYTES = 16, 64 * 1024
-LOOKUP_S, FETCH_S = 0.15, 0.3
+LOOKUP_S, FETCH_S = 0.15, 0.2
 SLACK_S = 0.25  # a busy machine
 FAILURES = 2
 SMALL = 512  # questions and answers of lookups are smaller, rows are larger

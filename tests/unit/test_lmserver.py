@@ -7,6 +7,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -288,7 +289,8 @@ def count_objects(server: ServerProcess) -> int | None:
 class TestSharded:
     @pytest.fixture
     def servers(self) -> Iterator[list[ServerProcess]]:
-        servers = [ServerProcess() for _ in range(3)]
+        with ThreadPoolExecutor(3) as threads:
+            servers = list(threads.map(lambda _: ServerProcess(), range(3)))
         yield servers
         for server in servers:
             server.stop()
