@@ -14,6 +14,7 @@ OPEN = '{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}'
 SIZE = "    max_local_cpu_size: 2.0\n"
 MODEL = "    model:\n      modelFormat:\n        name: huggingface\n      args:\n"
 RUN_BY = "---\n" + RUNTIME
+TEST_KEY = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # printf test | sha256sum
 COMPLETE = ENGINE.replace("    model:\n", "    model:\n      runtime: lmcache-vllm\n") + RUN_BY
 
 TRAPS = [
@@ -69,6 +70,21 @@ TRAPS = [
         ((SIZE, SIZE + '    §remote_serde: ""\n'),),
         ((SIZE, SIZE + '    remote_serde: "naive"\n'),),
     ),
+    # quotas
+    Trap(
+        "quota-salt",
+        ENGINE,
+        ((SIZE, SIZE + '    extra_config:\n      quotas:\n        §test: 1Gi  # May\n        "*": 500Mi\n'),),
+        ((SIZE, SIZE + f'    extra_config:\n      quotas:\n        {TEST_KEY}: 1Gi  # May\n        "*": 500Mi\n'),),
+    ),
+    Trap("quota-large", ENGINE, ((SIZE, SIZE + "    extra_config: {quotas: {unsalted: §2.0}}\n"),), None),
+    Trap(
+        "quota-sum",
+        ENGINE,
+        ((SIZE, SIZE + f"    extra_config: {{§quotas: {{unsalted: 1.5, {TEST_KEY}: 1.5}}}}\n"),),
+        None,
+    ),
+    Trap("setting-value", ENGINE, ((SIZE, SIZE + "    extra_config:\n      §quotas: {unsalted: lots}\n"),), None),
     # from the ConfigMap to the file
     Trap(
         "config-not-mounted",

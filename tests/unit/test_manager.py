@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
 
+from lmcache_ext.config_quotas import UNSALTED, Quota
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
@@ -228,6 +229,36 @@ class TestPrefix:
         machine.manager.complete_store(output.keys_to_store, req)
         assert machine.manager.progress.count > seen
         assert machine.manager.lookup_prefix([key(1)], machine.request("r")) == 1
+
+
+class TestQuota:
+    """Of a tenant whose prefix is in the directory, and longer than what it may have of host memory."""
+
+    def limit(self, machine, rows):
+        machine.manager.host.set_quotas((Quota(UNSALTED, UNSALTED, rows * ROW_BYTES),))
+
+    def test_lets_the_head_of_a_prefix_be_fetched(self, make):
+        machine = make()
+        keys = [key(i) for i in range(5)]
+        machine.write(keys)
+        machine.forget_host()
+        self.limit(machine, 3)
+        assert machine.find(keys, "r") == 3
+        spec = machine.manager.prepare_load(keys[:3], machine.request("r"))
+        assert len(spec.block_ids) == 3
+        machine.manager.complete_load(keys[:3], machine.request("r"))
+        assert machine.pinned() == 0
+        assert not machine.manager.has_pending_work()
+
+    def test_of_nothing_is_a_miss_at_once(self, make):
+        machine = make()
+        machine.write([key(1)])
+        machine.forget_host()
+        self.limit(machine, 0)
+        assert machine.look(key(1), "r") is LookupResult.MISS
+        assert machine.find([key(1)], "s") == 0
+        assert machine.manager._request_load_sources.get("s", {}) == {}
+        assert not machine.manager.has_pending_work()
 
 
 class TestOverdue:

@@ -8,6 +8,7 @@ from lmcache_ext.manifests.rules import (
     lifecycle,
     memory,
     mounts,
+    quotas,
     remote,
     requests,
     schema,
@@ -18,6 +19,7 @@ from lmcache_ext.manifests.rules import (
 RULES: tuple[Rule, ...] = (
     *schema.RULES,
     *settings.RULES,
+    *quotas.RULES,
     *mounts.RULES,
     *engine.RULES,
     *lifecycle.RULES,

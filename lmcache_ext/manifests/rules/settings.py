@@ -91,7 +91,8 @@ def _bad_together(node: Node) -> Iterator[Found]:
         found = _PLACE.fullmatch(str(error))
         line = int(found[1]) if found and found[1] else 1
         message, _, way_out = (found[2] if found else str(error)).rpartition(": ")
-        at = next((pair for pair in node.pairs() if pair.raw.start_mark.line + 1 == line), node)
+        pairs = (*node.pairs_at("extra_config"), *node.pairs())  # inner ones first: on one line both may begin
+        at = next((pair for pair in pairs if pair.raw.start_mark.line + 1 == line), node)
         yield Found(at, message, way_out)
 
 
