@@ -233,6 +233,7 @@ class OldLink(Link):
         reply = self._ask(lm.Command.GET, name_of(key))
         if reply.code != lm.OK:
             return None
+        self.line.acknowledge_at_once()  # that server sends head and object apart, and a small one after the head's ACK
         wanted = min(sum(part.nbytes for part in parts), reply.length)
         self.line.read_into(parts, wanted)
         self.line.skip(reply.length - wanted)

@@ -78,6 +78,11 @@ class Line:
             return False
         return False
 
+    def acknowledge_at_once(self) -> None:
+        """Acknowledge now what has come, for an end that holds the rest back until then (Nagle; our delay is 40 ms)."""
+        with suppress(OSError):  # a hint only
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
     def send(self, parts: Sequence[memoryview]) -> None:
         """Send the concatenation of `parts`."""
         left = [bytes_of(part) for part in parts if part.nbytes]
