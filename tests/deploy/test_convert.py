@@ -11,6 +11,7 @@ from lmcache_ext.manifests.convert.options import Options
 from tests.deploy.manifests import load, problems
 
 SEEDS = Path(__file__).resolve().parents[1] / "data" / "seeds"
+CHARTS = SEEDS.parent / "charts"
 
 
 def values(name):
@@ -22,6 +23,14 @@ def values(name):
 def test_converted_values_are_valid(name):
     objects = load(as_text(convert(values(name), Options()), name))
     assert {"InferenceService", "ConfigMap", "Secret", "Service"} <= {each["kind"] for each in objects}
+    assert [line for each in objects for line in problems(each)] == []
+
+
+@pytest.mark.parametrize("path", sorted(CHARTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_converted_values_with_the_keys_of_the_charts_tutorials_are_valid(path):
+    (file,), _ = read_files([str(path)])
+    objects = load(as_text(convert(file, Options()), path.name))
+    assert "InferenceService" in {each["kind"] for each in objects}
     assert [line for each in objects for line in problems(each)] == []
 
 
