@@ -36,8 +36,8 @@ setup(
     ext_modules=[
         library("pages", ("pages.h", "stream.h")),
         library("pages_fp8", ("device.h", "e4m3.h", "elements.h", "pages.h", "pages_fp8.h", "stream.h")),
-        library("lossless", ("rans.h", "rans_model.h")),
-        library("fixed", ("device.h", "e4m3.h", "elements.h", "fixed.h")),
-        library("cachegen", ("cachegen.h", "device.h", "elements.h", "models.h", "rans.h", "rans_model.h")),
+        library("lossless", ("isa.h", "rans.h", "rans_model.h")),
+        library("fixed", ("device.h", "e4m3.h", "elements.h", "fixed.h", "isa.h")),
+        library("cachegen", ("cachegen.h", "device.h", "elements.h", "isa.h", "models.h", "rans.h", "rans_model.h")),
     ]
 )

@@ -38,7 +38,7 @@ struct Codec {
     payload.shrink_to_fit();
     Bytes here = before, there = before;
     const auto size = static_cast<int64_t>(payload.size());
-    const int64_t answer = kvx_fixed_decode(layout, scheme, payload.data(), size, here.data());
+    const int64_t answer = kvx_fixed_decode(layout, scheme, payload.data(), size, here.data(), 0);
     const int64_t other = on_device(false, &there, &payload);
     return (answer == 0) == accepts && other == answer && here == there && (accepts || here == before);
   }
@@ -50,7 +50,7 @@ bool attack(Random& random) {
   Bytes row = fuzz::noise(random, scene.layout.row_bytes);
   Bytes payload(static_cast<size_t>(kvx_fixed_bytes(&scene.layout, codec.scheme))), twin(payload.size());
   const auto size = static_cast<int64_t>(payload.size());
-  const int64_t answer = kvx_fixed_encode(&scene.layout, codec.scheme, row.data(), payload.data(), size);
+  const int64_t answer = kvx_fixed_encode(&scene.layout, codec.scheme, row.data(), payload.data(), size, 0);
   if (answer != 0) return fuzz::failed("refused an honest row", answer);
   if (codec.on_device(true, &row, &twin) != size || twin != payload) return fuzz::failed("another payload");
   for (size_t i = kHeaderBytes; i < payload.size(); ++i) payload[i] = static_cast<uint8_t>(random());

@@ -398,12 +398,12 @@ KVX_EXPORT int32_t kvx_cachegen_isa() { return static_cast<int32_t>(rans::best_i
 // layer, of its keys and of its values: how many steps cover kSpread standard deviations. `isa` is a rans::Isa.
 KVX_EXPORT int64_t kvx_cachegen_encode(const kvx_layout* layout, const float* bins, const uint8_t* row, uint8_t* out,
                                        int64_t out_bytes, int32_t isa) {
-  return rans::on(chosen(isa), [&](auto set) { return encode_row<set>(*layout, bins, row, out, out_bytes); });
+  return machine::on(chosen(isa), [&](auto set) { return encode_row<set>(*layout, bins, row, out, out_bytes); });
 }
 
 // Fills the elements of a row from a payload, and only them; returns 0 or a Refusal. Whatever the payload holds, it reads
 // and writes within both.
 KVX_EXPORT int64_t kvx_cachegen_decode(const kvx_layout* layout, const uint8_t* coded, int64_t coded_bytes, uint8_t* row,
                                        int32_t isa) {
-  return rans::on(chosen(isa), [&](auto set) { return decode_row(*layout, coded, coded_bytes, set, row); });
+  return machine::on(chosen(isa), [&](auto set) { return decode_row(*layout, coded, coded_bytes, set, row); });
 }

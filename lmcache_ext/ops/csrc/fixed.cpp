@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "fixed.h"
+#include "isa.h"
 
 #define KVX_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -31,20 +32,25 @@ void decode_bytes(const uint8_t* in, int64_t count, float* x) {
   for (int64_t i = 0; i < count; ++i) x[i] = tame(from_code(scheme, in[4 + i]) * scale);
 }
 
-template <int bits>
-void encode_groups(const Walk& walk, const float* x, uint8_t* out) {
-  for (int64_t number = 0; number < walk.lines * walk.groups_of_line(); ++number) {
-    const Group group = group_of(walk, bits, number);
-    encode_group(group.count, bits, [&](int64_t i) { return x[group.first + i * group.stride]; }, out + group.at);
+template <typename Work>
+void each_group(const Walk& walk, int bits, const Work& work) {
+  for (int64_t line = 0; line < walk.lines; ++line) {
+    for (int64_t i = 0; i < walk.groups_of_line(); ++i) work(group_of(walk, bits, line, i));
   }
 }
 
 template <int bits>
+void encode_groups(const Walk& walk, const float* x, uint8_t* out) {
+  each_group(walk, bits, [&](const Group& group) {
+    encode_group<bits>(group.count, [&](int64_t i) { return x[group.first + i * group.stride]; }, out + group.at);
+  });
+}
+
+template <int bits>
 void decode_groups(const Walk& walk, const uint8_t* in, float* x) {
-  for (int64_t number = 0; number < walk.lines * walk.groups_of_line(); ++number) {
-    const Group group = group_of(walk, bits, number);
-    decode_group(in + group.at, group.count, bits, [&](int64_t i, float y) { x[group.first + i * group.stride] = y; });
-  }
+  each_group(walk, bits, [&](const Group& group) {
+    decode_group<bits>(in + group.at, group.count, [&](int64_t i, float y) { x[group.first + i * group.stride] = y; });
+  });
 }
 
 void encode_plane(int32_t scheme, bool keys, int64_t tokens, int64_t dim, const float* x, uint8_t* out) {
@@ -67,52 +73,65 @@ std::unique_ptr<float, void (*)(void*)> scratch(const kvx_layout& layout) {
   return {static_cast<float*>(std::malloc(bytes)), std::free};
 }
 
+// Writes what follows the header.
+void encode_cells(const kvx_layout& layout, int32_t scheme, const uint8_t* row, float* x, uint8_t* out) {
+  for (int64_t cell = 0; cell < num_cells(layout); ++cell) {
+    for (const bool keys : {true, false}) {
+      const int64_t dim = keys ? layout.k_dim : layout.v_dim;
+      const int32_t* index = keys ? layout.k_index : layout.v_index;
+      load_plane(layout, row + layout.cells[cell], index, layout.tokens * dim, x);
+      encode_plane(scheme, keys, layout.tokens, dim, x, out);
+      out += plane_bytes(layout, scheme, keys);
+    }
+  }
+}
+
+// Reads it.
+void decode_cells(const kvx_layout& layout, int32_t scheme, const uint8_t* coded, float* x, uint8_t* row) {
+  for (int64_t cell = 0; cell < num_cells(layout); ++cell) {
+    for (const bool keys : {true, false}) {
+      const int64_t dim = keys ? layout.k_dim : layout.v_dim;
+      const int32_t* index = keys ? layout.k_index : layout.v_index;
+      decode_plane(scheme, keys, layout.tokens, dim, coded, x);
+      store_plane(layout, row + layout.cells[cell], index, layout.tokens * dim, x);
+      coded += plane_bytes(layout, scheme, keys);
+    }
+  }
+}
+
+machine::Isa chosen(int32_t isa) { return isa == 0 ? machine::best_isa() : static_cast<machine::Isa>(isa); }
+
 }  // namespace
 
 // Raised with every change of the interface below; ops/fixed.py refuses another.
-KVX_EXPORT int32_t kvx_fixed_abi() { return 1; }
+KVX_EXPORT int32_t kvx_fixed_abi() { return 2; }
 
 // The length of every payload of rows of this layout, or kBadScheme.
 KVX_EXPORT int64_t kvx_fixed_bytes(const kvx_layout* layout, int32_t scheme) {
   return is_scheme(scheme) ? payload_bytes(*layout, scheme) : static_cast<int64_t>(kBadScheme);
 }
 
+// The best instruction set of this machine, as machine::Isa.
+KVX_EXPORT int32_t kvx_fixed_isa() { return static_cast<int32_t>(machine::best_isa()); }
+
 // Writes the payload of a row to out[0, out_bytes), which must be kvx_fixed_bytes; 0 or a Refusal.
 KVX_EXPORT int64_t kvx_fixed_encode(const kvx_layout* layout, int32_t scheme, const uint8_t* row, uint8_t* out,
-                                    int64_t out_bytes) {
+                                    int64_t out_bytes, int32_t isa) {
   if (!is_scheme(scheme)) return kBadScheme;
   if (out_bytes != payload_bytes(*layout, scheme)) return kOtherLength;
   const auto x = scratch(*layout);
   if (!x) return kNoMemory;
   write_header(*layout, scheme, out);
-  out += kHeaderBytes;
-  for (int64_t cell = 0; cell < num_cells(*layout); ++cell) {
-    for (const bool keys : {true, false}) {
-      const int64_t dim = keys ? layout->k_dim : layout->v_dim;
-      const int32_t* index = keys ? layout->k_index : layout->v_index;
-      load_plane(*layout, row + layout->cells[cell], index, layout->tokens * dim, x.get());
-      encode_plane(scheme, keys, layout->tokens, dim, x.get(), out);
-      out += plane_bytes(scheme, keys, layout->tokens, dim);
-    }
-  }
+  machine::on(chosen(isa), [&](auto) { encode_cells(*layout, scheme, row, x.get(), out + kHeaderBytes); });
   return 0;
 }
 
 // Fills the elements of a row from a payload, and only them; 0 or a Refusal, before it has touched the row.
 KVX_EXPORT int64_t kvx_fixed_decode(const kvx_layout* layout, int32_t scheme, const uint8_t* coded,
-                                    int64_t coded_bytes, uint8_t* row) {
+                                    int64_t coded_bytes, uint8_t* row, int32_t isa) {
   if (const int64_t refusal = judge(*layout, scheme, coded, coded_bytes)) return refusal;
   const auto x = scratch(*layout);
   if (!x) return kNoMemory;
-  coded += kHeaderBytes;
-  for (int64_t cell = 0; cell < num_cells(*layout); ++cell) {
-    for (const bool keys : {true, false}) {
-      const int64_t dim = keys ? layout->k_dim : layout->v_dim;
-      const int32_t* index = keys ? layout->k_index : layout->v_index;
-      decode_plane(scheme, keys, layout->tokens, dim, coded, x.get());
-      store_plane(*layout, row + layout->cells[cell], index, layout->tokens * dim, x.get());
-      coded += plane_bytes(scheme, keys, layout->tokens, dim);
-    }
-  }
+  machine::on(chosen(isa), [&](auto) { decode_cells(*layout, scheme, coded + kHeaderBytes, x.get(), row); });
   return 0;
 }

@@ -60,7 +60,7 @@ KVX_DEVICE int64_t line_bytes(int64_t length, int bits) {
   return whole * group_bytes(kGroup, bits) + (rest ? group_bytes(rest, bits) : 0);
 }
 
-// Group `number` of a walk: elements first, first + stride, ...; where it begins in what is coded.
+// One group of a line of a walk: elements first, first + stride, ...; where it begins in what is coded.
 struct Group {
   int64_t first;
   int64_t stride;
@@ -68,16 +68,22 @@ struct Group {
   int64_t at;
 };
 
-KVX_DEVICE Group group_of(const Walk& walk, int bits, int64_t number) {
-  const int64_t line = number / walk.groups_of_line(), begin = number % walk.groups_of_line() * kGroup;
+KVX_DEVICE Group group_of(const Walk& walk, int bits, int64_t line, int64_t in_line) {
+  const int64_t begin = in_line * kGroup;
   const int64_t count = walk.length - begin < kGroup ? walk.length - begin : kGroup;
-  const int64_t at = line * line_bytes(walk.length, bits) + begin / kGroup * group_bytes(kGroup, bits);
+  const int64_t at = line * line_bytes(walk.length, bits) + in_line * group_bytes(kGroup, bits);
   return {line * walk.line_stride + begin * walk.step_stride, walk.step_stride, count, at};
 }
 
+// The level of an element; what is no number where extremes overflow is 0.
+KVX_DEVICE uint32_t level_of(float x, float zero, float inverse, float levels) {
+  const float y = (x - zero) * inverse;
+  return static_cast<uint32_t>(round_even(y > 0.0f ? (y < levels ? y : levels) : 0.0f));
+}
+
 // `get(i)` is element i of the group.
-template <typename Get>
-KVX_DEVICE void encode_group(int64_t count, int bits, const Get& get, uint8_t* out) {
+template <int bits, typename Get>
+KVX_DEVICE void encode_group(int64_t count, const Get& get, uint8_t* out) {
   float least = get(0), most = least;
   for (int64_t i = 1; i < count; ++i) {
     const float value = get(i);
@@ -90,20 +96,19 @@ KVX_DEVICE void encode_group(int64_t count, int bits, const Get& get, uint8_t* o
   store(out + 2, step);
   const float zero = from_bfloat16(base), width = from_bfloat16(step);
   const float inverse = width > 0x1p-120f ? 1.0f / width : 0.0f;
-  uint32_t packed = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    float y = (get(i) - zero) * inverse;
-    y = y > 0.0f ? (y < levels ? y : levels) : 0.0f;  // no number where extremes overflow: 0
-    packed |= static_cast<uint32_t>(round_even(y)) << i * bits % 8;
-    if ((i + 1) * bits % 8 != 0 && i + 1 != count) continue;
-    out[4 + i * bits / 8] = static_cast<uint8_t>(packed);
-    packed = 0;
+  constexpr int64_t kOfByte = 8 / bits;
+  for (int64_t i = 0; i < count; i += kOfByte) {
+    uint32_t packed = 0;
+    for (int64_t j = 0; j < kOfByte && i + j < count; ++j) {
+      packed |= level_of(get(i + j), zero, inverse, levels) << j * bits;
+    }
+    out[4 + i / kOfByte] = static_cast<uint8_t>(packed);
   }
 }
 
 // Calls put(i, x) for the elements of the group.
-template <typename Put>
-KVX_DEVICE void decode_group(const uint8_t* in, int64_t count, int bits, const Put& put) {
+template <int bits, typename Put>
+KVX_DEVICE void decode_group(const uint8_t* in, int64_t count, const Put& put) {
   const float zero = tame(from_bfloat16(load<uint16_t>(in)));
   const float width = tame(from_bfloat16(load<uint16_t>(in + 2)));
   for (int64_t i = 0; i < count; ++i) {

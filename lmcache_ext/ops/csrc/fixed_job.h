@@ -34,6 +34,9 @@ struct Plane {
   KVX_DEVICE float get(int64_t i) const { return load_element(job->layout, cell, index[i]); }
   KVX_DEVICE void put(int64_t i, float x) const { store_element(job->layout, cell, index[i], x); }
   KVX_DEVICE int64_t groups() const { return walk.lines * walk.groups_of_line(); }
+  KVX_DEVICE Group group(int bits, int64_t number) const {
+    return group_of(walk, bits, number / walk.groups_of_line(), number % walk.groups_of_line());
+  }
 };
 
 struct Where {
@@ -107,12 +110,13 @@ struct Encode {
     });
   }
 
-  static KVX_DEVICE void encode_groups(const Plane& plane, int bits) {
+  template <int bits>
+  static KVX_DEVICE void encode_groups(const Plane& plane) {
     warp::each([&](int lane) {
       for (int64_t number = lane; number < plane.groups(); number += warp::kLanes) {
-        const Group group = group_of(plane.walk, bits, number);
+        const Group group = plane.group(bits, number);
         const auto get = [&](int64_t i) { return plane.get(group.first + i * group.stride); };
-        encode_group(group.count, bits, get, plane.coded + group.at);
+        encode_group<bits>(group.count, get, plane.coded + group.at);
       }
     });
   }
@@ -121,7 +125,8 @@ struct Encode {
     const Where at = where(job, item);
     if (job.results[at.chunk] < 0) return;
     const Plane plane = plane_at(job, at);
-    if (is_kivi(job.scheme)) return encode_groups(plane, bits_of_kivi(job.scheme));
+    if (job.scheme == kKivi4) return encode_groups<4>(plane);
+    if (job.scheme == kKivi2) return encode_groups<2>(plane);
     encode_bytes(plane, job.scheme);
   }
 };
@@ -141,12 +146,13 @@ struct Decode {
     });
   }
 
-  static KVX_DEVICE void decode_groups(const Plane& plane, int bits) {
+  template <int bits>
+  static KVX_DEVICE void decode_groups(const Plane& plane) {
     warp::each([&](int lane) {
       for (int64_t number = lane; number < plane.groups(); number += warp::kLanes) {
-        const Group group = group_of(plane.walk, bits, number);
+        const Group group = plane.group(bits, number);
         const auto put = [&](int64_t i, float x) { plane.put(group.first + i * group.stride, x); };
-        decode_group(plane.coded + group.at, group.count, bits, put);
+        decode_group<bits>(plane.coded + group.at, group.count, put);
       }
     });
   }
@@ -155,7 +161,8 @@ struct Decode {
     const Where at = where(job, item);
     if (job.results[at.chunk] < 0) return;
     const Plane plane = plane_at(job, at);
-    if (is_kivi(job.scheme)) return decode_groups(plane, bits_of_kivi(job.scheme));
+    if (job.scheme == kKivi4) return decode_groups<4>(plane);
+    if (job.scheme == kKivi2) return decode_groups<2>(plane);
     decode_bytes(plane, job.scheme);
   }
 };

@@ -344,7 +344,7 @@ KVX_EXPORT int32_t kvx_lossless_isa() { return static_cast<int32_t>(rans::best_i
 // Writes the payload of raw[0, raw_bytes) to out[0, out_bytes); returns its length or a Refusal. `isa` is a rans::Isa.
 KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, int64_t element_bytes,
                                        int64_t segment, uint8_t* out, int64_t out_bytes, int32_t isa) {
-  return rans::on(chosen(isa), [&](auto set) {
+  return machine::on(chosen(isa), [&](auto set) {
     return encode_row<set>(raw, raw_bytes, element_bytes, segment, out, out_bytes);
   });
 }
@@ -353,5 +353,5 @@ KVX_EXPORT int64_t kvx_lossless_encode(const uint8_t* raw, int64_t raw_bytes, in
 // it reads and writes within both.
 KVX_EXPORT int64_t kvx_lossless_decode(const uint8_t* coded, int64_t coded_bytes, uint8_t* raw,
                                        int64_t raw_bytes, int32_t isa) {
-  return rans::on(chosen(isa), [&](auto set) { return decode_row(coded, coded_bytes, raw, raw_bytes, set); });
+  return machine::on(chosen(isa), [&](auto set) { return decode_row(coded, coded_bytes, raw, raw_bytes, set); });
 }

@@ -5,6 +5,10 @@
 // to different bytes. Everything is checked before the first byte moves, so a refused call has copied nothing.
 // Build without contraction of multiplications and additions: results are compared bit for bit.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <initializer_list>
 
 #include "pages_fp8.h"
@@ -77,11 +81,17 @@ KVX_LOOPS(Avx2, KVX_AVX2)
 KVX_LOOPS(Avx512, KVX_AVX512)
 #endif
 
+#if defined(__x86_64__)
+bool has_f16c() {  // clang 14 does not know it by name
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 template <Dtype dtype>
 const Loops& fastest_loops() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool f16c = __builtin_cpu_supports("f16c");
+  const bool f16c = has_f16c();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (f16c && wide) return Avx512<dtype>::loops;
