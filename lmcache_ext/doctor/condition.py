@@ -128,6 +128,9 @@ def _request(facts: Facts) -> Iterator[Finding]:
         told = facts.explanation
         where = f": ...{told['text_before']!r} | {told['text_after']!r}..." if "text_after" in told else ""
         yield Finding("ok" if told["reason"] == "all" else "problem", f"this request: {told['text']}{where}")
+        if told.get("salted"):
+            way_out = "send the same cache_salt as whoever stored it, or none on both sides"
+            yield Finding("note", "this request has a cache_salt, which is part of every key", way_out)
     elif facts.explain_status:
         error = facts.explanation.get("error", f"HTTP status {facts.explain_status}")
         yield Finding("note", f"this request could not be explained: {error}")

@@ -6,11 +6,12 @@ answer. Only where the server has been started so (`ENABLED`): what others have 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.kv_offload.base import OffloadKey
+from vllm.v1.kv_offload.base import OffloadKey, make_offload_key
 
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
@@ -45,6 +46,8 @@ TEXTS = {
     "frozen": "tokens from {first_missing_token} on were not found, and freeze is true: what is new is not stored",
     "differs": "tokens up to {first_missing_token} are known; in the {chunk_tokens} that follow this prompt differs "
     "from every one that was stored, or nobody has stored so long a prompt",
+    "apart": "not even the first chunk is known {marks}, and its tokens came before with another or with "
+    "none: cache_salt and LoRA adapter are part of every key; send the same",
     "new": "not even the first chunk is known: the prompt differs from every stored one within its first "
     "{chunk_tokens} tokens, or it was stored by a server of another namespace, salt or adapter",
 }
@@ -65,10 +68,14 @@ class Explainer:
             "components": {name: _shortened(text) for name, text in components.items()},
         }
         self._told: dict[str, dict[str, Any]] = {}
+        self._marked = Recent()
+        """First chunks that came with a salt or an adapter, by the keys they would have without."""
 
     def note(self, request: Request, gpu_tokens: int, cache_tokens: int, live: Live, *, off: bool = False) -> None:
         """Remember why the lookup of a request ended so, if it asked. Token counts before min_retrieve_tokens."""
         if not (request.kv_transfer_params or {}).get(ASK):
+            if _marks(request) and (bare := self._bare_key(request)) is not None:
+                self._marked.add([bare])
             return
         chunk_tokens = self._scheduler.config.kv_group_configs[0].tokens_per_chunk
         facts: dict[str, Any] = {
@@ -82,7 +89,7 @@ class Explainer:
             "min_retrieve_tokens": live.min_retrieve_tokens,
         }
         reason, names = self._reason(request, facts, live, off)
-        text = TEXTS[reason].format(names=" and ".join(names), **facts)
+        text = TEXTS[reason].format(names=" and ".join(names), marks=_under(request), **facts)
         self._told[request.request_id] = {**facts, "reason": reason, "text": text}
 
     def take(self, req_id: str) -> dict[str, Any] | None:
@@ -114,7 +121,27 @@ class Explainer:
             return "evicted", []
         if live.freeze:
             return "frozen", []
-        return ("differs" if first else "new"), []
+        return ("differs" if first else "apart" if self._is_known_apart(request) else "new"), []
+
+    def _is_known_apart(self, request: Request) -> bool:
+        """Whether the first chunk's tokens came before, kept apart from this request by nothing but its key."""
+        bare = self._bare_key(request)
+        if bare is None or self._manager.stored is None:
+            return False
+        return bare in self._marked or (bool(_marks(request)) and bare in self._manager.stored)
+
+    def _bare_key(self, request: Request) -> OffloadKey | None:
+        """The key of the first chunk as it would be without salt and adapter; None where it has no whole chunk.
+
+        Hashes the prompt once more: only where the server explains, and only for requests that ask or have such a mark.
+        """
+        group = self._scheduler.config.kv_group_configs[0]
+        if request._block_hasher is None or request.num_tokens < group.tokens_per_chunk:
+            return None
+        bare = copy.copy(request)
+        bare.cache_salt, bare.lora_request, bare.block_hashes = None, None, []
+        hashes = request._block_hasher(bare)
+        return make_offload_key(hashes[group.hashes_per_chunk - 1], group.group_idx)
 
     def _key(self, request: Request, chunk: int) -> OffloadKey | None:
         status = self._scheduler._req_status.get(request.request_id)
@@ -127,6 +154,18 @@ class Explainer:
         verdicts = {"host": "miss" if policy.get(key) is None else "has"}
         verdicts |= {tier.tier_type: tier.verdict(key) for tier in self._manager.far_tiers}
         return verdicts
+
+
+def _marks(request: Request) -> str:
+    """What keeps a request's chunks apart from those of others with the same tokens; empty where nothing does."""
+    return " and ".join(
+        name for name, value in (("cache_salt", request.cache_salt), ("adapter", request.lora_request)) if value
+    )
+
+
+def _under(request: Request) -> str:
+    marks = _marks(request)
+    return f"under this {marks}" if marks else "without a cache_salt or adapter"
 
 
 def _shortened(text: str) -> str:

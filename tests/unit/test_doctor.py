@@ -129,6 +129,10 @@ class TestNote:
         dropped = 'lmcache_ext:dropped_chunks_total{tier="disk",cause="StoreFull"} 3\n'
         assert notes(metrics=HEALTHY + dropped) == ["disk: 3 chunks were not written: StoreFull"]
 
+    def test_request_with_a_salt(self):
+        (note,) = notes(explain_status=200, explanation=TOLD | {"salted": True})
+        assert note == "this request has a cache_salt, which is part of every key"
+
     def test_request_that_nobody_explains(self):
         (note,) = notes(explain_status=404, explanation={"error": "is off"})
         assert note == "this request could not be explained: is off"

@@ -75,9 +75,25 @@ class TestReason:
     def test_prompt_that_differs_at_once(self, warm):
         assert warm.ask([1] * 100)["reason"] == "new"
 
-    def test_another_salt(self, warm):
+    def test_salt_of_a_prompt_that_was_stored_without(self, warm):
         told = warm.ask(cache_salt="tenant")
-        assert (told["reason"], told["salted"]) == ("new", True)
+        assert (told["reason"], told["salted"]) == ("apart", True)
+        assert "under this cache_salt" in told["text"]
+
+    def test_salt_of_a_prompt_that_was_stored_under_another(self, make):
+        engine = make()
+        engine.match(engine.request("salted", cache_salt="tenant"))
+        assert engine.ask(cache_salt="another")["reason"] == "apart"
+
+    def test_lack_of_the_salt_that_a_prompt_was_stored_under(self, make):
+        engine = make()
+        engine.match(engine.request("salted", cache_salt="tenant"))
+        told = engine.ask()
+        assert (told["reason"], told["salted"]) == ("apart", False)
+        assert "without a cache_salt or adapter, and its tokens came before" in told["text"]
+
+    def test_salt_of_a_prompt_that_never_came(self, warm):
+        assert warm.ask([1] * 100, cache_salt="tenant")["reason"] == "new"
 
     def test_chunks_that_were_there(self, warm, tmp_path):
         warm.scheduler.reset_cache()
@@ -133,7 +149,7 @@ class TestReason:
     def test_of_every_kind_has_a_text(self):
         facts = {"prompt_tokens": 1, "chunk_tokens": 2, "gpu_tokens": 3, "cache_tokens": 4, "min_retrieve_tokens": 5}
         for text in TEXTS.values():
-            assert text.format(first_missing_token=6, names="disk", **facts)
+            assert text.format(first_missing_token=6, names="disk", marks="cache_salt", **facts)
 
 
 class TestServer:
