@@ -173,7 +173,7 @@ class Live(_Part):
 
 
 class Peer(_Part):
-    """Peer to peer; kept for a later version."""
+    """How other engines read this one's host memory; where `enabled`, host, init_ports and a controller are there."""
 
     enabled: bool = False
     host: str | None = None

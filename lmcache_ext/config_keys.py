@@ -89,6 +89,11 @@ _HONOURED = (
     Key("bypass", boolean, "live.bypass"),
     Key("lmcache_instance_id", optional(text), "instance_id"),
     Key("log_level", one_of(*LOG_LEVELS), "live.log_level"),
+    Key("enable_p2p", boolean, "peer.enabled"),
+    Key("p2p_host", optional(text), "peer.host"),
+    Key("p2p_init_ports", optional(ports), "peer.init_ports"),
+    Key("p2p_lookup_ports", optional(ports), "peer.lookup_ports"),
+    Key("transfer_channel", optional(one_of("nixl", "mock_memory", "tcp")), "peer.transfer_channel"),
     Key("enable_controller", boolean, "controller.enabled"),
     Key("controller_pull_url", optional(host_and_port), "controller.pull_url"),
     Key("controller_reply_url", optional(host_and_port), "controller.reply_url"),
@@ -99,16 +104,11 @@ _HONOURED = (
     Key("controller_token_file", optional(text), "controller.token_file"),
 )
 
-_PEER = "no peer to peer in this version: replicas meet through local_disk on a shared volume or remote_url"
+_PEER_TIMES = "blocking_timeout_secs bounds what a peer may take, and one that fails is left alone for 5 s"
 _OLD_CONTROLLER = "the controller is told by enable_controller, controller_pull_url and controller_reply_url"
 _TELLING = "what host memory holds is told in batches of its own size, on the connections of the two URLs"
 _MANAGEMENT = "no management server in this version: the model server's own port has /metrics and health"
 _LATER = (
-    Key("enable_p2p", boolean, "peer.enabled", _PEER),
-    Key("p2p_host", optional(text), "peer.host", _PEER),
-    Key("p2p_init_ports", optional(ports), "peer.init_ports", _PEER),
-    Key("p2p_lookup_ports", optional(ports), "peer.lookup_ports", _PEER),
-    Key("transfer_channel", optional(one_of("nixl", "mock_memory", "tcp")), "peer.transfer_channel", _PEER),
     Key("internal_api_server_enabled", boolean, "management.enabled", _MANAGEMENT),
     Key("internal_api_server_host", text, "management.host", _MANAGEMENT),
     Key("internal_api_server_port_start", port, "management.port_start", _MANAGEMENT),
@@ -169,7 +169,7 @@ _NOT_NEEDED = (
         pd_bidirectional=boolean,
     ),
     *_not_needed(
-        "no NIXL: bytes travel by local_disk and remote_url",
+        "no NIXL: bytes travel over TCP, between peers too (enable_p2p)",
         nixl_backends=optional(list_of(text)),
         nixl_buffer_size=optional(number()),
         nixl_buffer_device=optional(text),
@@ -332,7 +332,7 @@ _EXTRA_NOT_NEEDED = (
     *_not_needed("there are no sockets between scheduler and workers", lmcache_rpc_port=anything),
     *_not_needed("give the URL as remote_url", redis_url=optional(text), fs_base_path=optional(text)),
     *_not_needed(
-        _PEER,
+        _PEER_TIMES,
         p2p_socket_recv_timeout_ms=number(),
         p2p_socket_send_timeout_ms=number(),
         p2p_max_retry_count=whole(0),

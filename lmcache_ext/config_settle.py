@@ -24,6 +24,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     _settle_quotas(draft)
     _settle_fixed(draft)
     _settle_controller(draft)
+    _settle_peer(draft)
     _add_variables_of_others(draft, environ)
 
 
@@ -117,6 +118,19 @@ def _settle_controller(draft: Draft) -> None:
         setting = draft.settings["enable_controller"]
         raise refusal(setting, "needs controller_pull_url and controller_reply_url: write host:port for each")
     draft.values.update({home: url or one for home, url in urls.items()})
+
+
+def _settle_peer(draft: Draft) -> None:
+    if not draft.values.get("peer.enabled"):
+        return
+    setting = draft.settings["enable_p2p"]
+    if not draft.values.get("controller.enabled"):
+        raise refusal(setting, "needs enable_controller: true: the controller says which peer has a chunk")
+    if not draft.values.get("peer.host") or not draft.values.get("peer.init_ports"):
+        raise refusal(setting, "needs p2p_host and p2p_init_ports: where other engines reach this one")
+    if draft.values.get("peer.transfer_channel") not in (None, "tcp"):
+        channel = draft.settings["transfer_channel"]
+        draft.note(channel, f"{channel.value}: TCP stands in, from host memory to host memory")
 
 
 def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:

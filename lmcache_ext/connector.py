@@ -156,6 +156,7 @@ class LMCacheConnectorV1(OffloadingConnector):
                 vllm_config.cache_config.prefix_caching_hash_algo,
             )
         extra[settings.NAMESPACE] = name
+        extra[settings.WORKER] = vllm_config.parallel_config.data_parallel_rank
         for note in self._settings.config.notes:
             logger.info("%s", note)
         logger.info("%s", start_line(self._settings, name))

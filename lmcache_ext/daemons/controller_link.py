@@ -24,6 +24,8 @@ READ_BYTES = 64 * 1024
 HELLO_S = 10.0
 MAX_KEY_BYTES = 128
 MAX_TIERS = 16
+MAX_PEERS = 16
+"""Named in one answer, which must fit a message; chunks of others are left out."""
 
 
 class Hub(Protocol):
@@ -98,8 +100,8 @@ class Link:
         try:
             while (message := self._decoder.next()) is not None:
                 self._hub.counters["messages"] += 1
-                answer = self._answer(message)
-                self._writer.write(wire.encode({"re": _id_of(message), **answer}))
+                answer = {"re": _id_of(message), **self._answer(message)}
+                self._writer.write(wire.encode(answer))
                 if answer.get("code") == "token":
                     return False
         except WireError as error:
@@ -161,12 +163,13 @@ class Link:
         asking = (message.get("instance", str, ""), message.get("worker", int, 0))
         found = self._hub.directory.locate(namespace, decode_keys(message.body), but=asking)
         self._hub.counters["lookups"] += 1
-        engines = {holder.engine.name: holder.engine for holder in found if holder is not None}
+        named = {holder.engine.name: holder.engine for holder in found if holder is not None}
+        engines = dict(list(named.items())[:MAX_PEERS])
         places = {name: index for index, name in enumerate(engines)}
         return {
             "ok": True,
             "peers": [[*name, engine.peer_url, engine.lookup_url] for name, engine in engines.items()],
-            "at": [-1 if holder is None else places[holder.engine.name] for holder in found],
+            "at": [-1 if holder is None else places.get(holder.engine.name, -1) for holder in found],
         }
 
     def _attach(self, message: wire.Message) -> dict[str, Any]:
@@ -210,6 +213,10 @@ def _engine(message: wire.Message, ip: str) -> Engine:
     instance, worker = message.get("instance", str), message.get("worker", int, 0)
     if not instance or not 0 <= worker < 2**16:
         raise WireError(f"instance {instance!r} and worker {worker} are no name")
+    addresses = [message.get(name, str, "") for name in ("peer_url", "lookup_url")]
+    if not all(address.isascii() and address.isprintable() for address in addresses) or not instance.isprintable():
+        raise WireError("a name or an address is not printable")
+    peer_url, lookup_url = (_from_outside(address, ip) for address in addresses)
     return Engine(
         instance=instance,
         worker=worker,
@@ -221,10 +228,15 @@ def _engine(message: wire.Message, ip: str) -> Engine:
         tiers=tuple(tier[: wire.MAX_NAME_CHARS] for tier in tiers),
         ip=ip,
         port=message.get("port", int, 0),
-        peer_url=message.get("peer_url", str, ""),
-        lookup_url=message.get("lookup_url", str, ""),
+        peer_url=peer_url,
+        lookup_url=lookup_url,
         hashing=hashing if isinstance(hashing, dict) else {},
     )
+
+
+def _from_outside(address: str, ip: str) -> str:
+    """An address that listens on all interfaces, as others reach it."""
+    return f"{ip}:{address.removeprefix('0.0.0.0:')}" if address.startswith("0.0.0.0:") else address
 
 
 def _namespace(message: wire.Message) -> bytes:

@@ -15,19 +15,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.logger import init_logger
 
-from lmcache_ext.config import Controller
-from lmcache_ext.errors import StoreError, StoreRefused, StoreUnavailable
+from lmcache_ext.config import Config, Controller, Peer
+from lmcache_ext.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
+from lmcache_ext.frame import FRAME_BYTES
 from lmcache_ext.offload.cores import leave_compute_cores
+from lmcache_ext.offload.far import of_rank
 from lmcache_ext.offload.holdings import Holdings
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.identity import hashing
 from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.peer_rows import PeerRows
 from lmcache_ext.offload.settings import Settings
 from lmcache_ext.stores.controller import ControllerLink, Door, door
+from lmcache_ext.stores.peer_server import PeerServer
 from lmcache_ext.wire.v2 import MAX_BATCH_KEYS, encode_keys
 
 if TYPE_CHECKING:
@@ -81,6 +86,8 @@ class Announcer:
         self._was_up: bool | None = None
         self._troubles: set[str] = set()
         self._thread: threading.Thread | None = None
+        self.server: PeerServer | None = None
+        """Where peers read what is told here; closed first."""
 
     def open(self) -> Announcer:
         self._thread = threading.Thread(target=self._run, name="lmcache_ext-controller", daemon=True)
@@ -100,6 +107,8 @@ class Announcer:
         """Leave the controller, as far as that goes within LEAVE_S."""
         self._is_closed.set()
         self._wake()
+        if self.server is not None:
+            self.server.close()
         if self._thread is not None:
             self._thread.join(LEAVE_S)
 
@@ -198,22 +207,49 @@ def join_controller(
     sizes = {"tokens_per_hash": scheduler.config.tokens_per_hash, "hashes_per_chunk": groups[0].hashes_per_chunk}
     engine = {
         "instance": config.instance_id,
-        "worker": _of_rank(config.controller.worker_ids, rank, rank),
-        "port": _of_rank(config.controller.worker_ports, rank, 0),
+        "worker": of_rank(config.controller.worker_ids, rank, rank),
+        "port": of_rank(config.controller.worker_ports, rank, 0),
         "namespace": namespace,
         "chunk_tokens": settings.tokens_per_chunk,
         "row_bytes": settings.row_bytes,
         "num_rows": manager.host.num_reserved,
         "tiers": ["host", *(tier.tier_type for tier in manager.far_tiers)],
         "hashing": {**hashing(vllm_config), **sizes} if len(groups) == 1 else {},
+        **_peer_urls(config.peer, rank),
     }
     announcer = Announcer(config.controller, engine)
+    if config.peer.enabled:
+        announcer.server = _serve_peers(config, manager.host, announcer.holdings, bytes.fromhex(namespace), rank)
     manager.host.holdings = announcer.holdings
     return announcer.open()
 
 
-def _of_rank(numbers: Sequence[int], rank: int, default: int) -> int:
-    return numbers[rank] if rank < len(numbers) else default
+def _peer_urls(peer: Peer, rank: int) -> dict[str, str]:
+    """Where other engines reach this one, as they are told."""
+    ports = (of_rank(peer.init_ports, rank, 0), of_rank(peer.lookup_ports, rank, 0)) if peer.enabled else (0, 0)
+    names = ("peer_url", "lookup_url")
+    return {name: f"{peer.host}:{port}" for name, port in zip(names, ports, strict=True) if port}
+
+
+def _serve_peers(config: Config, host: HostTier, holdings: Holdings, namespace: bytes, rank: int) -> PeerServer:
+    """Raises ConfigError where there is no port for this engine, or it is taken."""
+    peer = config.peer
+    assert peer.host is not None
+    if rank >= len(peer.init_ports):
+        raise ConfigError(
+            f"{config.origin('p2p_init_ports').text}: p2p_init_ports: {len(peer.init_ports)} ports, and this engine "
+            f"is number {rank} of its instance: write one for each"
+        )
+    ports = [peer.init_ports[rank], *peer.lookup_ports[rank : rank + 1]]
+    server = PeerServer(
+        peer.host,
+        ports,
+        partial(PeerRows, host.get_kv_memoryview(), holdings, namespace),
+        token_file=config.controller.token_file,
+        max_bytes=host.row_bytes + FRAME_BYTES,
+    ).open()
+    logger.info("Peers may read host memory at %s, over TCP", " and ".join(f"{peer.host}:{port}" for port in ports))
+    return server
 
 
 class _Telling:

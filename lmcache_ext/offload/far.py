@@ -1,13 +1,13 @@
 """The tiers behind host memory: opened from the configuration, and changed with it while the engine runs.
 
-Disk comes first, then the remote store. A remote store that appears later takes the last place; one that
-goes leaves its place empty, for the next.
+Disk comes first, then the host memory of peers, then the remote store. A remote store that appears later takes
+the last place; one that goes leaves its place empty, for the next.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from lmcache_ext.errors import ConfigError, StoreError
 from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tier import StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
+from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.base import Store
+from lmcache_ext.stores.controller import door
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from lmcache_ext.stores.jobs import JobPool
 from lmcache_ext.stores.options import store_options
+from lmcache_ext.stores.peer import PeerStore
 from lmcache_ext.stores.registry import open_store
 
 logger = init_logger("vllm.lmcache_ext.offload.far")
@@ -54,7 +57,9 @@ class FarTiers:
         flush_timeout_s: float,
         make_tier: Callable[[Guarded, Serde, TierLimits], StoredTier],
         pool: JobPool,
+        worker: int = 0,
     ) -> None:
+        """`worker` is this engine's number among those of its instance."""
         self._rows = rows
         self._serde_of = serde_of
         self._flush_timeout_s = flush_timeout_s
@@ -69,13 +74,14 @@ class FarTiers:
             self._disk_store, serde = disk
             self._disk_store.register(rows)
             self._disk = make_tier(guarded(self._disk_store, config), serde, limits)
+        self._peer = None if (peer := open_peer(config, worker)) is None else self._tier_of(peer, config, num_rows)
         if (opened := self._open_remote(config)) is not None:
             self._remote = make_tier(*opened, self._remote_limits(config, num_rows))
 
     @property
     def tiers(self) -> list[StoredTier]:
         """Nearest first; an empty place counts."""
-        return [tier for tier in (self._disk, self._remote) if tier is not None]
+        return [tier for tier in (self._disk, self._peer, self._remote) if tier is not None]
 
     def prepare(self, before: Config, after: Config) -> Opened | None:
         """Open the remote store of `after` where it is another one, and give the disk its new limit.
@@ -102,7 +108,7 @@ class FarTiers:
         if _remote(before) != _remote(after):
             new = self._put_remote(opened, self._remote_limits(after, num_rows))
         for tier in self.tiers:
-            limits = self._remote_limits if tier is self._remote else self._limits
+            limits = {self._remote: self._remote_limits, self._peer: self._peer_limits}.get(tier, self._limits)
             tier.limits = limits(after, num_rows)
             tier.store.follow(guarded(tier.store, after))
         return new
@@ -121,6 +127,12 @@ class FarTiers:
         store, serde = opened
         store.register(self._rows)
         return guarded(store, config), serde
+
+    def _tier_of(self, peer: PeerStore, config: Config, num_rows: int) -> StoredTier:
+        return self._make_tier(guarded(peer, config), NaiveSerde(), self._peer_limits(config, num_rows))
+
+    def _peer_limits(self, config: Config, num_rows: int) -> TierLimits:
+        return replace(self._limits(config, num_rows), keeps_promoted=False, takes_chunks=False)
 
     def _limits(self, config: Config, num_rows: int) -> TierLimits:
         return TierLimits(
@@ -141,6 +153,24 @@ def open_disk(config: Config, serde_of: Callable[[str, str], Serde]) -> tuple[Di
         return None
     serde = serde_of(config.local_disk_serde, _origin(config, "local_disk_serde"))
     return DiskStore(config.disk_paths, config.live.disk_capacity_bytes), serde
+
+
+def open_peer(config: Config, worker: int) -> PeerStore | None:
+    """The host memory of other engines; None where peers are not asked."""
+    if not config.peer.enabled or config.controller.reply_url is None:
+        return None
+    return PeerStore(
+        door(config.controller.reply_url, config.controller.token_file),
+        instance=config.instance_id,
+        worker=of_rank(config.controller.worker_ids, worker, worker),
+        lookup_timeout_s=config.live.lookup_timeout_ms / 1000,
+        timeout_s=config.live.blocking_timeout_s,
+    )
+
+
+def of_rank(numbers: Sequence[int], rank: int, default: int) -> int:
+    """What a list of the configuration has for this engine."""
+    return numbers[rank] if rank < len(numbers) else default
 
 
 def open_remote(config: Config, serde_of: Callable[[str, str], Serde]) -> tuple[Store, Serde] | None:

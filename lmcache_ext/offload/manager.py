@@ -236,7 +236,7 @@ class BoundedTieringManager(TieringOffloadingManager):
 
     @override
     def _should_store_to_tier(self, tier: SecondaryTierManager, num_blocks: int) -> bool:
-        if isinstance(tier, StoredTier) and not tier.present:
+        if isinstance(tier, StoredTier) and not (tier.present and tier.limits.takes_chunks):
             return False
         wanted: bool = super()._should_store_to_tier(tier, num_blocks)
         return wanted

@@ -23,6 +23,8 @@ def start_line(settings: Settings, namespace: str | None) -> str:
         capacity = config.live.disk_capacity_bytes
         limit = _size(capacity) if capacity else "unbounded"
         tiers.append(f"disk {','.join(config.disk_paths)} {limit}{_as(config.local_disk_serde)}")
+    if namespace is not None and config.peer.enabled:
+        tiers.append(f"peers by the controller {config.controller.reply_url}")
     if namespace is not None and config.live.remote_url is not None:
         tiers.append(f"remote {masked('remote_url', config.live.remote_url)}{_as(config.live.remote_serde)}")
     return (

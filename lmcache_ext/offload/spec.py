@@ -24,7 +24,7 @@ from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.offload.serdes import open_serde
-from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE, host_shape, in_rows
+from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE, WORKER, host_shape, in_rows
 from lmcache_ext.offload.tier import CHUNKS_PER_TASK, StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.guard import Guarded
@@ -126,6 +126,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             flush_timeout_s=float(self.extra_config[FLUSH_TIMEOUT]),
             make_tier=make_tier,
             pool=pool,
+            worker=int(self.extra_config.get(WORKER, 0)),
         )
 
     def _serde_opener(self, config: Config) -> Callable[[str, str], Serde]:

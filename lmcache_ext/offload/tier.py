@@ -73,6 +73,8 @@ class TierLimits:
     """A chunk is written once so many requests have used it lately."""
     keeps_promoted: bool = True
     """Whether what was found in a tier farther away is written here, too."""
+    takes_chunks: bool = True
+    """Whether anything is written here at all."""
 
 
 @dataclass(slots=True)

@@ -10,13 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
-from tests.e2e.cache import ask, cache_server, cached_tokens, prompt
+from tests.e2e.cache import ask, cache_server, cached_tokens, external_hits, prompt
 from tests.e2e.server import ROOT, free_port
 from tests.servers import until
 
 pytestmark = pytest.mark.e2e
 TOKENS = prompt(1, 1002)  # seed 003's 1,002 tokens: three chunks of 256
+SEEDS = ROOT / "tests" / "data" / "seeds"
 WAIT_S = 40.0  # a controller that was away is tried again after up to 15 s
 
 
@@ -87,3 +89,58 @@ def test_an_engine_tells_what_it_stores_and_survives_the_controllers_death(contr
         assert server.log().count("Registered at the controller") == 2
         assert server.stop() == 0
         assert controller.get("/controller/workers")["workers"] == []
+
+
+def seed_file(number: int, controller: Controller, directory: Path) -> tuple[Path, dict[str, int]]:
+    """The tutorial's file of one instance, its ports (which may be taken here) exchanged for free ones."""
+    text = (SEEDS / f"003_p2p_example{number}.yaml").read_text()
+    written = yaml.safe_load(text)
+    ports = {name: free_port() for name in ("p2p_init_ports", "p2p_lookup_ports", "lmcache_worker_ports")}
+    for name, port in ports.items():
+        text = text.replace(f"{name}: {written[name]}", f"{name}: {port}")
+    text = text.replace("localhost:8300", f"localhost:{controller.ports['pull']}")
+    text = text.replace("localhost:8400", f"localhost:{controller.ports['reply']}")
+    path = directory / f"p2p_example{number}.yaml"
+    path.write_text(
+        text.replace("max_local_cpu_size: 5", "max_local_cpu_size: 0.5")
+    )  # two engines on one small machine
+    return path, ports
+
+
+def test_two_engines_of_the_tutorial_share_what_either_computes(controller, tmp_path):
+    (one, ports), (two, _) = (seed_file(number, controller, tmp_path) for number in (1, 2))
+    options: dict[str, Any] = {"max_model_len": 2048, "wait": False}
+    with (
+        cache_server(env={"LMCACHE_CONFIG_FILE": str(one), "PYTHONHASHSEED": "123"}, **options) as first,
+        cache_server(env={"LMCACHE_CONFIG_FILE": str(two), "PYTHONHASHSEED": "123"}, **options) as second,
+    ):
+        first.wait_ready()
+        second.wait_ready()
+        until(lambda: len(controller.get("/controller/workers")["workers"]) == 2, "both have registered")
+        computed = ask(first, TOKENS)
+        until(lambda: "lmcache_instance_1" in controller.lookup(TOKENS), "its chunks are known")
+        fetched = ask(second, TOKENS)
+        assert cached_tokens(fetched) == external_hits(second) == 768
+        assert fetched["choices"][0] == computed["choices"][0]
+        peer, lookup = (f"localhost:{ports[name]}" for name in ("p2p_init_ports", "p2p_lookup_ports"))
+        log = second.log()
+        assert f"Got layout info from controller: ('lmcache_instance_1', 'LocalCPUBackend', 3, '{peer}')" in log
+        assert f"Established connection to peer_init_url {peer}. The peer_lookup_url: {lookup}" in log
+        assert "Total tokens 1002, LMCache hit tokens: 768, need to load: 768" in log
+        assert "nixl: TCP stands in" in log
+        until(lambda: len(controller.lookup(TOKENS)) == 2, "the second holds them now, too")
+
+        other = prompt(3, 1002)  # the other way round
+        computed = ask(second, other)
+        until(lambda: "lmcache_instance_2" in controller.lookup(other), "its chunks are known")
+        fetched = ask(first, other)
+        assert cached_tokens(fetched) == 768
+        assert fetched["choices"][0] == computed["choices"][0]
+
+        lost = prompt(4, 1002)  # computed by an engine that is gone without a word when the other asks for it
+        ask(first, lost)
+        until(lambda: "lmcache_instance_1" in controller.lookup(lost), "its chunks are known")
+        first.kill9()
+        assert cached_tokens(ask(second, lost)) == 0
+        assert cached_tokens(ask(second, TOKENS)) >= 768
+        assert second.stop() == 0

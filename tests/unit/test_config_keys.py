@@ -29,6 +29,11 @@ HONOURED = [
     ("enable_async_loading", True, True),
     ("min_retrieve_tokens", 64, 64),
     ("lmcache_instance_id", "engine-1", "engine-1"),
+    ("enable_p2p", True, True),
+    ("p2p_host", "localhost", "localhost"),
+    ("p2p_init_ports", [8200, 8201], (8200, 8201)),
+    ("p2p_lookup_ports", 8202, (8202,)),
+    ("transfer_channel", "nixl", "nixl"),
     ("enable_controller", True, True),
     ("controller_pull_url", "localhost:8300", "localhost:8300"),
     ("controller_reply_url", "tcp://localhost:8400", "tcp://localhost:8400"),
@@ -38,11 +43,6 @@ HONOURED = [
     ("lmcache_worker_heartbeat_time", 10, 10.0),
 ]
 LATER = [
-    ("enable_p2p", True, True),
-    ("p2p_host", "localhost", "localhost"),
-    ("p2p_init_ports", [8200, 8201], (8200, 8201)),
-    ("p2p_lookup_ports", 8202, (8202,)),
-    ("transfer_channel", "nixl", "nixl"),
     ("internal_api_server_enabled", True, True),
     ("internal_api_server_host", "0.0.0.0", "0.0.0.0"),
     ("internal_api_server_port_start", 7000, 7000),
@@ -175,7 +175,10 @@ def as_variable(value) -> str:
 def companions(name: str) -> dict:
     """Keys without which the one under test would have no effect."""
     needs = {"max_local_disk_size": {"local_disk": "/mnt"}, "local_disk": {"max_local_disk_size": 1}}
-    return {**needs, "enable_controller": {"controller_pull_url": "localhost:8300"}}.get(name, {})
+    needs["enable_controller"] = {"controller_pull_url": "localhost:8300"}
+    needs["enable_p2p"] = {"enable_controller": True, **needs["enable_controller"], "p2p_host": "localhost"}
+    needs["enable_p2p"]["p2p_init_ports"] = 8200
+    return needs.get(name, {})
 
 
 def assert_placed(config, use, name, expected):

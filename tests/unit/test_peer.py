@@ -1,0 +1,275 @@
+"""Peers: a real server of one engine's rows, a real controller, and the store that another engine reads them with."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+
+from lmcache_ext import frame
+from lmcache_ext.errors import ConfigError, StoreError
+from lmcache_ext.offload.chunk_io import ChunkIO
+from lmcache_ext.offload.holdings import Holdings
+from lmcache_ext.offload.peer_rows import PeerRows
+from lmcache_ext.serde.naive import NaiveSerde
+from lmcache_ext.stores.controller import door
+from lmcache_ext.stores.lmserver import LMServerStore, Settings
+from lmcache_ext.stores.lmserver_socket import Address
+from lmcache_ext.stores.peer import PeerStore
+from lmcache_ext.stores.peer_server import PeerServer
+from tests.controllers import RunningController, Talker
+from tests.servers import free_port, until
+from tests.unit.test_tier import key
+
+NAMESPACE = b"n" * 16
+NUM_ROWS, ROW_BYTES = 8, 4096
+
+
+class Neighbour:
+    """An engine as its peers see it: rows, holdings, a server, and what the controller is told of it."""
+
+    def __init__(self, controller=None, name="neighbour", *, token_file=None, peer_url=None):
+        self.rows = np.frombuffer(random.Random(name).randbytes(NUM_ROWS * ROW_BYTES), np.uint8).copy()
+        self.rows = self.rows.reshape(NUM_ROWS, ROW_BYTES)
+        self.holdings = Holdings(lambda: None)
+        self.port = free_port()
+        self.server = PeerServer(
+            "127.0.0.1",
+            [self.port],
+            lambda: PeerRows(self.rows.data, self.holdings, NAMESPACE),
+            token_file=token_file,
+            max_bytes=ROW_BYTES + frame.FRAME_BYTES,
+        ).open()
+        if controller is not None:
+            said = {"instance": name, "boot": os.urandom(4).hex(), "namespace": NAMESPACE.hex()}
+            said |= {"peer_url": peer_url or f"127.0.0.1:{self.port}", "lookup_url": "127.0.0.1:1"}
+            session = Talker(controller.ports["reply"]).say("register", **said)["session"]
+            self.pull = Talker(controller.ports["pull"])
+            self.pull.say("attach", session=session)
+            self.pull.say("begin_sync", number=1)
+            self.pull.say("end_sync", number=2, total=0)
+            self.number = 2
+
+    def hold(self, number, row, *, told=True):
+        self.holdings.add([(key(number), row)], None)
+        if told:
+            self.number += 1
+            assert self.pull.say("keys", (bytes(key(number)),), number=self.number, added=1)["ok"]
+
+
+@pytest.fixture
+def controller():
+    with RunningController() as running:
+        yield running
+
+
+@pytest.fixture
+def neighbour(controller):
+    made = Neighbour(controller)
+    yield made
+    made.server.close()
+
+
+@pytest.fixture
+def store(controller):
+    made = open_store(controller)
+    yield made
+    made.close()
+
+
+def open_store(controller, token_file=None):
+    place = door(controller.url("reply"), token_file)
+    return PeerStore(place, instance="me", worker=0, lookup_timeout_s=2.0, timeout_s=2.0)
+
+
+def fetch(store, *numbers):
+    """Which chunks come, and their bytes, as a tier asks for them."""
+    io = ChunkIO(store, NaiveSerde(), NAMESPACE)
+    rows = [memoryview(bytearray(ROW_BYTES)) for _ in numbers]
+    keys = [bytes(key(number)) for number in numbers]
+    present = io.present(keys)
+    good = io.fetch(keys, rows)
+    return present, [bytes(row) if is_good else None for row, is_good in zip(rows, good, strict=True)]
+
+
+def test_chunks_of_a_peer_come_whole(neighbour, store):
+    neighbour.hold(1, 3)
+    neighbour.hold(2, 5)
+    present, rows = fetch(store, 1, 2, 9)
+    assert present == [True, True, False]
+    assert rows == [neighbour.rows[3].tobytes(), neighbour.rows[5].tobytes(), None]
+    assert store.ping() > 0
+
+
+def test_each_chunk_comes_from_the_peer_that_has_it(controller, neighbour, store):
+    other = Neighbour(controller, "other")
+    neighbour.hold(1, 0)
+    other.hold(2, 0)
+    assert fetch(store, 1, 2)[1] == [neighbour.rows[0].tobytes(), other.rows[0].tobytes()]
+    other.server.close()
+
+
+def test_what_the_peer_has_evicted_meanwhile_is_a_miss(neighbour, store):
+    neighbour.hold(1, 0)
+    neighbour.holdings.remove([key(1)])
+    assert fetch(store, 1) == ([True], [None])
+
+
+def test_a_peer_that_is_gone_is_a_miss_and_then_not_asked_for_a_while(neighbour, store):
+    neighbour.hold(1, 0)
+    neighbour.server.close()
+    assert fetch(store, 1) == ([True], [None])
+    assert fetch(store, 1) == ([False], [None])
+
+
+def test_a_peer_that_hangs_is_a_miss_within_the_deadline(controller):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        liar = Neighbour(controller, "liar", peer_url=f"127.0.0.1:{silent.getsockname()[1]}")
+        liar.hold(1, 0)
+        place = door(controller.url("reply"), None)
+        store = PeerStore(place, instance="me", worker=0, lookup_timeout_s=1.0, timeout_s=0.3)
+        assert fetch(store, 1) == ([True], [None])
+        store.close()
+        liar.server.close()
+
+
+@pytest.mark.parametrize("url", ["nowhere", "localhost:0", "a,b:1", "http://x:1", "127.0.0.1:1/path?x=1"])
+def test_an_address_that_is_none_is_a_miss(controller, store, url):
+    liar = Neighbour(controller, "liar", peer_url=url)
+    liar.hold(1, 0)
+    assert fetch(store, 1)[1] == [None]
+    liar.server.close()
+
+
+def test_a_peer_that_sends_other_bytes_is_found_out(controller, store):
+    liar = Neighbour(controller, "liar")
+    liar.server.close()
+
+    class Swapped(PeerRows):
+        def get(self, wanted):
+            head, payload = super().get(wanted)
+            self._room[7] ^= 1
+            return head, payload
+
+    liar.server = PeerServer(
+        "127.0.0.1",
+        [liar.port],
+        lambda: Swapped(liar.rows.data, liar.holdings, NAMESPACE),
+        token_file=None,
+        max_bytes=2 * ROW_BYTES,
+    ).open()
+    liar.hold(1, 0)
+    assert fetch(store, 1) == ([True], [None])
+    liar.server.close()
+
+
+def test_this_engine_is_not_its_own_peer(controller, store):
+    me = Neighbour(controller, "me")
+    me.hold(1, 0)
+    assert fetch(store, 1) == ([False], [None])
+    me.server.close()
+
+
+def test_a_controller_that_is_away_is_a_failure_and_one_that_is_back_is_asked_again(controller, store):
+    assert store.exists([NAMESPACE + key(1)]) == [False]
+    controller.stop()
+    with pytest.raises(StoreError):
+        store.exists([NAMESPACE + key(1)])
+    controller.start()
+    assert store.exists([NAMESPACE + key(1)]) == [False]
+
+
+def test_nothing_is_written_to_peers(store):
+    with pytest.raises(StoreError, match="not written"):
+        store.put(NAMESPACE + key(1), [memoryview(b"x")])
+    store.delete([NAMESPACE + key(1)])
+
+
+def test_the_token_of_the_controller_is_that_of_peers(tmp_path):
+    (tmp_path / "token").write_text("secret")
+    token_file = str(tmp_path / "token")
+    with RunningController(token_file=None) as controller:
+        neighbour = Neighbour(controller, token_file=token_file)
+        neighbour.hold(1, 0)
+        for file, expected in ((None, None), (token_file, neighbour.rows[0].tobytes())):
+            store = open_store(controller, file)
+            assert fetch(store, 1)[1] == [expected]
+            store.close()
+        neighbour.server.close()
+
+
+class TestServer:
+    @pytest.fixture
+    def alone(self):
+        made = Neighbour()
+        yield made
+        made.server.close()
+
+    def test_speaks_the_protocol_of_the_cache_server(self, alone):
+        alone.hold(1, 2, told=False)
+        client = LMServerStore(Address("127.0.0.1", alone.port), Settings(timeout_s=2.0))
+        name = NAMESPACE + key(1)
+        room = memoryview(bytearray(frame.FRAME_BYTES + ROW_BYTES))
+        assert client.exists([name, NAMESPACE + key(2), b"m" * 16 + key(1)]) == [True, False, False]
+        assert client.get_into(name, [room]) == room.nbytes
+        assert bytes(room[frame.FRAME_BYTES :]) == alone.rows[2].tobytes()
+        assert client.get_into(name, [room[:10]]) == room.nbytes
+        assert client.get_into(b"m" * 16 + key(1), [room]) is None
+        assert client.ping() > 0
+        with pytest.raises(StoreError):
+            client.delete([name])
+        with pytest.raises(StoreError):
+            client.put(name, [memoryview(b"x" * 100)])
+        assert client.exists([name]) == [True]
+        client.close()
+
+    def test_survives_nonsense(self, alone):
+        alone.hold(1, 2, told=False)
+        for seed in range(30):
+            with socket.create_connection(("127.0.0.1", alone.port)) as sock:
+                sock.settimeout(5.0)
+                sock.sendall(random.Random(seed).randbytes(300))
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1000):
+                    pass
+        client = LMServerStore(Address("127.0.0.1", alone.port), Settings(timeout_s=2.0))
+        assert client.exists([NAMESPACE + key(1)]) == [True]
+        client.close()
+        until(lambda: not alone.server._open, "their threads have ended")
+
+    def test_a_port_that_is_taken_names_the_keys(self, alone):
+        with pytest.raises(ConfigError, match=r"p2p_init_ports.*cannot listen on 127\.0\.0\.1"):
+            PeerServer("127.0.0.1", [alone.port], lambda: None, token_file=None, max_bytes=1).open()
+
+    def test_reads_no_row_once_it_is_closed(self, alone):
+        alone.hold(1, 2, told=False)
+        client = LMServerStore(Address("127.0.0.1", alone.port), Settings(timeout_s=2.0))
+        assert client.exists([NAMESPACE + key(1)]) == [True]
+        alone.server.close()
+        assert not alone.server._open
+        with pytest.raises(StoreError):
+            client.exists([NAMESPACE + key(1)])
+        client.close()
+
+    def test_a_row_that_is_given_away_while_it_is_read_is_a_miss(self, alone):
+        """Also where the same chunk is back in the same row when the copy is done: other bytes were there meanwhile."""
+
+        class Evicting(Holdings):
+            times = 0
+
+            def place(self, name):
+                found = super().place(name)
+                self.times += 1
+                if self.times == 1:
+                    self.remove([key(1)])
+                    self.add([(key(1), 0)], None)
+                return found
+
+        holdings = Evicting(lambda: None)
+        holdings.add([(key(1), 0)], None)
+        rows = PeerRows(alone.rows.data, holdings, NAMESPACE)
+        assert rows.get(NAMESPACE + key(1)) is None
+        assert rows.get(NAMESPACE + key(1)) is not None
