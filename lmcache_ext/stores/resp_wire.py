@@ -27,9 +27,10 @@ MAX_AHEAD = 128
 """Values asked for ahead, however small; the server keeps the answers in its memory."""
 
 JOINED_BYTES = 2 * 1024**2
-"""So many bytes of commands travel in one system call: four SETs of 1 MiB, each in a call of its own, are 1.7 GB/s and
-0.29 CPU seconds per GB, two by two 1.9 and 0.21 (busy machine; Redis 7.0 and Valkey 9.1 alike). Four in one call take
-0.17, but that is more than socket buffers hold: the no of a server that does not read would be heard late."""
+"""So many bytes of commands travel in one system call. Four SETs of 1 MiB, each in a call of its own, take 0.29 CPU
+seconds per GB on a busy machine, two by two 0.21; alone on it the difference is within noise (benchmarks/RESULTS.md).
+Four in one call take 0.17, but that is more than socket buffers hold: the no of a server that does not read would be
+heard late."""
 
 
 class Deadline:

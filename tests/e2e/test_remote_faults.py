@@ -107,7 +107,7 @@ def test_a_request_waits_one_lookup_deadline_and_then_none(deployment: Deploymen
     after = deployment.server.metrics()
     ratio = median(with_tier for with_tier, _ in pairs) / median(without for _, without in pairs)
     print(f"{kind}: {ratio:.3f} of the time without the tier")
-    assert ratio < 1.3
+    assert ratio < 1.3  # on a busy machine; `benchmarks/remote_faults.py` has the number
     # No lookup was put off to a later step, and each one took next to nothing.
     deferred, lookup = "vllm:kv_offload_lookup_async_delay_seconds", "vllm:kv_offload_lookup_sync_delay_seconds"
     assert after.get(f"{deferred}_count", 0) == before.get(f"{deferred}_count", 0)
