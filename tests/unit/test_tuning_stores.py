@@ -242,6 +242,7 @@ class TestRemote:
 def test_every_live_setting_is_known_to_whoever_applies_it():
     """A new field of `Live` is a promise: apply it in `offload.tuning` or `offload.far`, test it, name it here."""
     by_tuning = {"host_capacity_bytes", "min_retrieve_tokens", "save_decode_cache", "freeze", "bypass", "log_level"}
+    by_tuning |= {"quotas"}
     by_far = {"disk_capacity_bytes", "remote_url", "remote_serde", "blocking_timeout_s", "lookup_timeout_ms", "health"}
     by_far |= {"remote_min_uses", "promote_on_hit"}
     by_store_options = {"remote", "mooncake", "infinistore", "audit_actual_remote_url", "extra_config"}
