@@ -136,7 +136,41 @@ class TestDeadlines:
         assert manager(tuned).secondary_tiers[1].store is store
 
 
+class TestWhatIsWritten:
+    def test_to_a_remote_store_follows_the_file(self, tuned):
+        tuned.tune(tuned.remote("a") + "remote_min_uses: 2\n")
+        tuned.compute("once", BLOCKS, new_prompt())
+        settle(tuned)
+        assert tuned.files("a") == 0
+        tuned.tune(tuned.remote("a"))
+        tuned.compute("first", BLOCKS, new_prompt())
+        settle(tuned)
+        assert tuned.files("a") == 3
+
+    def test_to_the_disk_after_a_fetch_follows_the_file(self, tuned, tmp_path):
+        tuned.tune(tuned.remote("a") + "promote_on_hit: false\n")
+        tuned.compute("first", BLOCKS)
+        settle(tuned)
+        for keeps, setting in ((0, "promote_on_hit: false\n"), (3, "")):
+            tuned.tune(tuned.remote("a") + setting)
+            tuned.scheduler.reset_cache()
+            for file in (tmp_path / "disk").glob("*/*/*.kv"):
+                file.unlink()
+            request = tuned.request(f"again {keeps}")
+            assert tuned.begin_load(request, OTHERS) == 96
+            tuned.step()
+            tuned.finish(request)
+            settle(tuned)
+            assert tuned.files("disk") == keeps
+
+
 class TestRemote:
+    def test_writes_with_the_time_to_live_of_the_file(self, tuned):
+        url = "remote_url: redis://127.0.0.1:1\nextra_config: {ttl_s: %d}\n"
+        for ttl_s in (60, 5):
+            tuned.tune(url % ttl_s)
+            assert manager(tuned).secondary_tiers[1].store._store._ttl_ms == ttl_s * 1000
+
     def test_takes_a_new_limit_for_a_fetch_that_stops(self, tuned):
         for stall_ms in (500, 70):
             tuned.tune(f"remote_url: lm://127.0.0.1:1\nextra_config: {{remote_stall_timeout_ms: {stall_ms}}}\n")
