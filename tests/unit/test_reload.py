@@ -237,7 +237,7 @@ class TestRefuses:
         assert not watched.status.whole
 
     def test_no_key_without_an_effect(self, watched):
-        assert watched.write(BEFORE + "enable_blending: true\nenable_p2p: true\n") is None
+        assert watched.write(BEFORE + "enable_blending: true\ninternal_api_server_enabled: true\n") is None
         assert watched.status.whole
 
     def test_with_the_secret_masked(self, watched, caplog):
