@@ -7,7 +7,9 @@ starts and fails later), the compiled loops must be there (setup.py leaves them 
 so must the programs that manifests call. Exits with one line for each thing that is wrong.
 """
 
+import ctypes
 import importlib.metadata
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -36,7 +38,8 @@ def wrong_versions(target: str) -> Iterator[str]:
     pinned = dict(line.split("==") for line in lines if line)
     for name in SERVING[target]:
         have = _version(name)
-        if have is None or have.partition("+")[0] != pinned[name].partition("+")[0]:
+        is_for_cpus = target == "gpu" and have is not None and have.endswith("+cpu")
+        if have is None or is_for_cpus or have.partition("+")[0] != pinned[name].partition("+")[0]:
             yield f"{name} is {have or 'missing'}, expected {pinned[name]}"
 
 
@@ -60,8 +63,20 @@ def missing_libraries(target: str) -> Iterator[str]:
     for source in sorted(folder.glob("csrc/*.cpp")):
         if not list(folder.glob(f"_{source.stem}*.so")):
             yield f"{source.name} was not compiled"
-    if target == "gpu" and not (folder / "_cuda.so").exists():
+    if target == "gpu":
+        yield from missing_kernels(sorted(folder.glob("csrc/*.cu")), folder / "_cuda.so")
+
+
+def missing_kernels(sources: list[Path], library: Path) -> Iterator[str]:
+    """What the sources for nvcc export and the library has not; it loads without a GPU or a driver."""
+    if not library.exists():
         yield "the CUDA kernels were not compiled (scripts/build_cuda.py)"
+        return
+    loaded = ctypes.CDLL(str(library))
+    for source in sources:
+        for name in re.findall(r"^KVX_EXPORT \S+ (\w+)\(", source.read_text(), re.MULTILINE):
+            if not hasattr(loaded, name):
+                yield f"{name} of {source.name} is not in {library.name}: it was built from other sources"
 
 
 def missing_programs() -> Iterator[str]:

@@ -102,7 +102,7 @@ def test_check_of_an_image_finds_a_torch_for_another_machine():
     )
     assert done.returncode == 1
     assert "is for CUDA None" in done.stderr
-    assert "vllm is missing" in done.stderr
+    assert "vllm is 0.32.0+cpu, expected 0.32.0" in done.stderr
 
 
 def test_image_for_gpus_brings_the_kernels_along():

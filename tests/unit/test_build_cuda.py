@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda
+from scripts.check_image import missing_kernels
 from tests.device import CSRC
 
 pytestmark = pytest.mark.e2e  # ten seconds of nvcc
@@ -37,6 +38,15 @@ def test_library_has_what_every_source_exports_and_no_more(library):
     declared = [re.findall(r"^KVX_EXPORT \S+ (\w+)\(", path.read_text(), re.M) for path in CSRC.glob("*.cu")]
     assert all(declared)
     assert set(re.findall(r" T (\w+)", listed)) == {name for names in declared for name in names}
+
+
+def test_check_of_an_image_misses_what_a_library_of_older_sources_lacks(library, tmp_path):
+    newer = tmp_path / "newer.cu"
+    newer.write_text("KVX_EXPORT int kvx_cuda_newer(int a) { return a; }\n")
+    assert list(missing_kernels(sorted(CSRC.glob("*.cu")), library)) == []
+    (line,) = missing_kernels([newer], library)
+    assert line.startswith("kvx_cuda_newer of newer.cu is not in cuda.so")
+    assert "were not compiled" in next(missing_kernels([newer], tmp_path / "none.so"))
 
 
 def test_library_is_of_the_abi_that_its_faces_want(library):
