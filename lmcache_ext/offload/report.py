@@ -69,11 +69,9 @@ class HitReport:
 
     def _why_never(self, total_tokens: int) -> str:
         """Of a prompt that no second time will find: why."""
-        if total_tokens > self._tokens_per_chunk:  # its last token is always computed
+        if total_tokens >= self._tokens_per_chunk:
             return ""
-        return (
-            f"; a prompt is reused in whole chunks, and this one has no more than the {self._tokens_per_chunk} of one"
-        )
+        return f"; a prompt is reused in whole chunks, and this one is shorter than the {self._tokens_per_chunk} of one"
 
 
 def _size(num_bytes: int) -> str:

@@ -14,12 +14,13 @@ def lines(monkeypatch):
     return told
 
 
-def test_a_prompt_of_more_than_a_chunk_is_told_in_lmcaches_words(lines):
-    HitReport(256).tell("r", 257, 256, 256)
-    assert lines == ["Reqid: r, Total tokens 257, LMCache hit tokens: 256, need to load: 256"]
+@pytest.mark.parametrize("total_tokens", [256, 257])
+def test_a_prompt_of_a_chunk_is_told_in_lmcaches_words(lines, total_tokens):
+    HitReport(256).tell("r", total_tokens, 256, 256)
+    assert lines == [f"Reqid: r, Total tokens {total_tokens}, LMCache hit tokens: 256, need to load: 256"]
 
 
-@pytest.mark.parametrize("total_tokens", [11, 256])
+@pytest.mark.parametrize("total_tokens", [11, 255])
 def test_a_prompt_that_no_second_time_finds_says_why(lines, total_tokens):
     HitReport(256).tell("r", total_tokens, 0, 0)
     assert "reused in whole chunks" in lines[0]
