@@ -22,7 +22,7 @@ from lmcache_ext.ops import pages, pages_fp8, pages_numpy
 from lmcache_ext.ops.page_shape import PageShape
 
 NUM_TENSORS = 8
-HEADS = 2
+HEADS = 4
 POOL_TIMES_COPY = 4
 TARGET = 0.70
 PAGE_KIB = (4, 16, 64, 128, 256)
@@ -36,7 +36,7 @@ class Scene:
         self.block_bytes = NUM_TENSORS * page_bytes
         self.num_blocks = copy_bytes // self.block_bytes
         self.pool_blocks = self.num_blocks * POOL_TIMES_COPY
-        self.pool = np.ones(self.pool_blocks * self.block_bytes, dtype=np.uint8)
+        self.pool = np.full(self.pool_blocks * self.block_bytes, 0x3F, dtype=np.uint8)  # as bfloat16: 0.75
         self.rows = np.ones(2 * copy_bytes, dtype=np.uint8)
         run = page_bytes // HEADS // 4  # a head's keys, or values, of all tokens: pages that the CPU's attention packs
         self.shape = PageShape("bfloat16", HEADS, 1, run, run, heads_first=True)
