@@ -6,6 +6,7 @@ A thread per connection, plain and blocking: peers keep few connections, each of
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import logging
 import socket
@@ -84,6 +85,12 @@ class PeerServer:
                     f"p2p_host, p2p_init_ports, p2p_lookup_ports: cannot listen on {self._host}:{port}: "
                     f"{error.strerror or error}; each engine of a machine needs ports of its own"
                 ) from error
+        if not self._token_file and not all(map(_is_loopback, self._listeners)):
+            logger.warning(
+                "p2p_host: %s is reachable from other machines and asks for no token: whoever reaches it reads KV; "
+                "use controller_token_file",
+                self._host,
+            )
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="lmcache_ext-peers", daemon=True).start()
         return self
@@ -226,6 +233,10 @@ class _Connection:
         left = [part for part in parts if part.nbytes]
         while left:
             left = after(left, self._sock.sendmsg(left))
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -201,6 +201,16 @@ def test_the_token_of_the_controller_is_that_of_peers(tmp_path):
         neighbour.server.close()
 
 
+@pytest.mark.parametrize(
+    ("host", "token_file", "warns"), [("127.0.0.1", None, 0), ("0.0.0.0", None, 1), ("0.0.0.0", "t", 0)]
+)
+def test_memory_that_anybody_may_read_is_warned_of(caplog, host, token_file, warns):
+    PeerServer(host, [free_port()], lambda: None, token_file=token_file, max_bytes=1).open().close()
+    assert [record.levelname for record in caplog.records if "controller_token_file" in record.message] == [
+        "WARNING"
+    ] * warns
+
+
 class TestServer:
     @pytest.fixture
     def alone(self):
