@@ -44,6 +44,8 @@ NOT_IN_THIS_LIFE = {
     *("lmcache_ext:corrupt_chunks_total", "lmcache_ext:dropped_chunks_total", "lmcache_ext:store_failures_total"),
     *("lmcache_ext:abandoned_chunks_total", "lmcache_ext:hook_failures_total", "lmcache_ext:config_reloads_total"),
     *("lmcache_ext:tier_used_bytes", "lmcache_ext:tier_capacity_bytes"),
+    *("lmcache_ext:tenant_charged_bytes", "lmcache_ext:tenant_quota_bytes"),  # nobody has a quota
+    *("lmcache_ext:tenant_evicted_chunks_total", "lmcache_ext:tenant_rejected_chunks_total"),
 }
 # What differs on this machine: a tiny model from a volume, one core, little memory.
 ARGS = ["--enforce-eager", "--dtype=float32", "--max-model-len=4608", "--num-gpu-blocks-override=40"]
