@@ -35,7 +35,7 @@ struct Transfer {
   int64_t stride[kMaxTensors];
   int64_t in_row[kMaxTensors];        // where a tensor's page begins within a block's part of a row
   int64_t page_bytes[kMaxTensors];
-  int32_t first_piece[kMaxTensors + 1];
+  int64_t first_piece[kMaxTensors + 1];
   int32_t block_ids[kMaxBlocks];
   int64_t row_offsets[kMaxBlocks];
 };
@@ -62,7 +62,7 @@ KVX_DEVICE void write_once(Vector* to, const Vector& value) {
 }
 
 // The tensor whose pieces [first_piece[j], first_piece[j + 1]) hold `piece`.
-KVX_DEVICE int32_t tensor_of(const Transfer& transfer, int32_t piece) {
+KVX_DEVICE int32_t tensor_of(const Transfer& transfer, int64_t piece) {
   int32_t low = 0, high = transfer.num_tensors;
   while (high - low > 1) {
     const int32_t middle = (low + high) / 2;
@@ -76,15 +76,14 @@ KVX_DEVICE int32_t tensor_of(const Transfer& transfer, int32_t piece) {
 }
 
 KVX_DEVICE int64_t num_pieces(const Transfer& transfer) {
-  return static_cast<int64_t>(transfer.num_blocks) * transfer.first_piece[transfer.num_tensors];
+  return transfer.num_blocks * transfer.first_piece[transfer.num_tensors];
 }
 
 // One lane's part of a piece: vectors lane, lane + 32, ...; up to kVectorsInFlight are read before one is written.
 template <Way way>
 KVX_DEVICE void copy_piece(const Transfer& transfer, int64_t piece, int lane) {
-  const int32_t per_block = transfer.first_piece[transfer.num_tensors];
-  const auto block = static_cast<int32_t>(piece / per_block);
-  const auto in_block = static_cast<int32_t>(piece % per_block);
+  const int64_t per_block = transfer.first_piece[transfer.num_tensors];
+  const int64_t block = piece / per_block, in_block = piece % per_block;
   const int32_t j = tensor_of(transfer, in_block);
   const int64_t begin = (in_block - transfer.first_piece[j]) * kPieceBytes;
   const int64_t left = transfer.page_bytes[j] - begin;
@@ -125,7 +124,15 @@ inline bool is_aligned(const kvx_tensor* tensors, int32_t num_tensors, const int
   return bits % sizeof(Vector) == 0;
 }
 
-inline void set_tensors(const kvx_tensor* tensors, int32_t count, int64_t in_row, Transfer* transfer) {
+// How pages that lie in rows as they are become warps' work. Another cut of pages has these two as well.
+struct AsTheyAre {
+  int64_t row_bytes(int64_t page_bytes) const { return page_bytes; }
+  int64_t pieces(int64_t page_bytes) const { return (page_bytes + kPieceBytes - 1) / kPieceBytes; }
+};
+
+// Returns where the next tensor's page begins within a block's part of a row.
+template <typename Cut>
+int64_t set_tensors(const kvx_tensor* tensors, int32_t count, int64_t in_row, const Cut& cut, Transfer* transfer) {
   transfer->num_tensors = count;
   transfer->first_piece[0] = 0;
   for (int32_t j = 0; j < count; ++j) {
@@ -133,26 +140,23 @@ inline void set_tensors(const kvx_tensor* tensors, int32_t count, int64_t in_row
     transfer->stride[j] = tensors[j].block_stride;
     transfer->page_bytes[j] = tensors[j].page_bytes;
     transfer->in_row[j] = in_row;
-    in_row += tensors[j].page_bytes;
-    const int64_t pieces = (tensors[j].page_bytes + kPieceBytes - 1) / kPieceBytes;
-    transfer->first_piece[j + 1] = transfer->first_piece[j] + static_cast<int32_t>(pieces);
+    in_row += cut.row_bytes(tensors[j].page_bytes);
+    transfer->first_piece[j + 1] = transfer->first_piece[j] + cut.pieces(tensors[j].page_bytes);
   }
+  return in_row;
 }
 
-// Checks everything, then hands each launch's Transfer to `launch`, which returns 0 or an error code. Returns bytes
-// copied or a refusal.
-template <typename Launch>
-int64_t transfer_pages(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
-                       const int64_t* row_offsets, int64_t num_blocks, uint8_t* rows, int64_t rows_bytes,
-                       Transfer* transfer, const Launch& launch) {
-  const int64_t violation = first_violation(tensors, num_tensors, block_ids, row_offsets, num_blocks, rows_bytes);
-  if (violation != 0) return violation;
-  if (!is_aligned(tensors, num_tensors, row_offsets, num_blocks, rows)) return kUnaligned;
+// Hands each launch's Transfer, of arguments that were checked, to `launch`, which returns 0 or an error code. Returns
+// bytes of rows, or kLaunchFailed and more.
+template <typename Cut, typename Launch>
+int64_t in_launches(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
+                    const int64_t* row_offsets, int64_t num_blocks, uint8_t* rows, const Cut& cut, Transfer* transfer,
+                    const Launch& launch) {
   transfer->rows = rows;
   int64_t in_row = 0;
   for (int32_t first = 0; first < num_tensors; first += kMaxTensors) {
     const int32_t count = num_tensors - first < kMaxTensors ? num_tensors - first : kMaxTensors;
-    set_tensors(tensors + first, count, in_row, transfer);
+    in_row = set_tensors(tensors + first, count, in_row, cut, transfer);
     for (int64_t begin = 0; begin < num_blocks; begin += kMaxBlocks) {
       const int64_t left = num_blocks - begin;
       transfer->num_blocks = static_cast<int32_t>(left < kMaxBlocks ? left : kMaxBlocks);
@@ -163,9 +167,19 @@ int64_t transfer_pages(const kvx_tensor* tensors, int32_t num_tensors, const int
       const int64_t error = launch(*transfer);
       if (error != 0) return kLaunchFailed + error;
     }
-    in_row = transfer->in_row[count - 1] + transfer->page_bytes[count - 1];
   }
   return num_blocks * in_row;
+}
+
+// Checks everything, then launches. Returns bytes copied or a refusal.
+template <typename Launch>
+int64_t transfer_pages(const kvx_tensor* tensors, int32_t num_tensors, const int64_t* block_ids,
+                       const int64_t* row_offsets, int64_t num_blocks, uint8_t* rows, int64_t rows_bytes,
+                       Transfer* transfer, const Launch& launch) {
+  const int64_t violation = first_violation(tensors, num_tensors, block_ids, row_offsets, num_blocks, rows_bytes);
+  if (violation != 0) return violation;
+  if (!is_aligned(tensors, num_tensors, row_offsets, num_blocks, rows)) return kUnaligned;
+  return in_launches(tensors, num_tensors, block_ids, row_offsets, num_blocks, rows, AsTheyAre(), transfer, launch);
 }
 
 }  // namespace kvx
