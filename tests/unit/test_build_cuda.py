@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda
+from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda, pages_fp8_cuda
 from scripts.check_image import missing_kernels
 from tests.device import CSRC
 
@@ -52,5 +52,6 @@ def test_check_of_an_image_misses_what_a_library_of_older_sources_lacks(library,
 def test_library_is_of_the_abi_that_its_faces_want(library):
     loaded = ctypes.CDLL(str(library))
     assert loaded.kvx_cuda_abi() == pages_cuda.ABI
+    assert loaded.kvx_cuda_fp8_abi() == pages_fp8_cuda.ABI
     assert loaded.kvx_cuda_cachegen_abi() == cachegen_cuda.ABI
     assert loaded.kvx_cuda_fixed_abi() == fixed_cuda.ABI
