@@ -1,11 +1,11 @@
-"""The scripts that wait for a GPU run: with the codecs' kernels built for the host, as far as hosts go."""
+"""The scripts that wait for a GPU run: with kernels that were built for the host, as far as hosts go."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu import codecs, run
-from lmcache_ext.ops import cachegen, cachegen_cuda, fixed_cuda
+from benchmarks.gpu import codecs, pages_fp8, run
+from lmcache_ext.ops import cachegen, cachegen_cuda, fixed_cuda, pages_fp8_cuda
 from tests.device import CSRC, built
 
 if not cachegen.available():
@@ -16,8 +16,8 @@ if not cachegen.available():
 def kernels(tmp_path_factory):
     out = tmp_path_factory.mktemp("device")
     with pytest.MonkeyPatch.context() as patch:
-        for face, source in ((cachegen_cuda, "cachegen.cu"), (fixed_cuda, "fixed.cu")):
-            library = face.bind(built(CSRC / source, out / f"{source}.so"))
+        for face, name in ((cachegen_cuda, "cachegen"), (fixed_cuda, "fixed"), (pages_fp8_cuda, "pages_fp8")):
+            library = face.bind(built(CSRC / f"{name}.cu", out / f"{name}.so"))
             patch.setattr(face, "_library", lambda library=library: library)
         yield
 
@@ -35,6 +35,24 @@ def test_kernel_that_differs_from_its_twin_is_noticed(kernels, monkeypatch):
     monkeypatch.setattr(codecs.Codec, "twin_payload", lambda self, row: b"something else")
     with pytest.raises(AssertionError, match="differ from the twin's"):
         codecs.check(codecs.TINY[0], "bfloat16", "cpu")
+
+
+def test_pages_of_eight_bits_are_checked_and_timed(kernels, monkeypatch, capsys):
+    monkeypatch.setattr(codecs, "REPEATS", 1)
+    monkeypatch.setattr(pages_fp8, "CTAS", (pages_fp8.DEFAULT_CTAS,))
+    monkeypatch.setattr(pages_fp8, "TARGET_RATIO", 1e-6)
+    assert pages_fp8.main(["--device", "cpu", "--mib", "1"]) == 0
+    (table,), lines = run.tables_and_lines(capsys.readouterr().out.splitlines())
+    timed = [f"{form.name}, {dtype}" for form in pages_fp8.TIMED for dtype in pages_fp8.TIMED_DTYPES]
+    assert [row["pages"] for row in table] == [name for name in timed for _ in range(2)]
+    assert sum("as the twin" in line for line in lines) == len(pages_fp8.CHECKED)
+
+
+@pytest.mark.parametrize(("twin", "difference"), [("gather_pages", "gathered rows"), ("scatter_pages", "scattered")])
+def test_copy_that_differs_from_its_twin_is_noticed(kernels, monkeypatch, twin, difference):
+    monkeypatch.setattr(pages_fp8.pages_fp8_numpy, twin, lambda *arguments: 0)
+    with pytest.raises(AssertionError, match=difference):
+        pages_fp8.check(pages_fp8.CHECKED[0], "bfloat16", "cpu")
 
 
 def test_run_keeps_tables_lines_and_exit_status(tmp_path):
