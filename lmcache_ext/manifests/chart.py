@@ -68,7 +68,8 @@ COMPOSITE = _names(
     annotations podAnnotations labels podLabels resources pvcStorage pvcAccessMode pvcMatchLabels pvcLabels
     pvcAnnotations extraVolumes extraVolumeMounts initContainer envFromSecret env affinity nodeSelectorTerms
     nodeSelector tolerations hf_token vllmApiKey configs securityContext containerSecurityContext strategy
-    livenessProbe imagePullSecrets serviceAnnotations extraArgs accessModes nfs extraObjects
+    livenessProbe imagePullSecrets serviceAnnotations extraArgs extraPorts accessModes nfs extraObjects workerPorts
+    p2pInitPorts
     """
 )
 

@@ -69,16 +69,18 @@ class Pod:
         programs: Path | None = None,
         network: str | None = None,
         hosts: str | None = None,
+        ip: str = "127.0.0.1",
     ) -> None:
         """`ports` maps a port of the manifest to one of this machine; without any the pod has its own network.
 
-        `mounts` are directories from elsewhere, `programs` is one for PATH; `network` is a namespace that exists, and
-        `hosts` what its names are.
+        `mounts` are directories from elsewhere, `programs` is one for PATH; `network` is a namespace that exists,
+        `hosts` what its names are and `ip` the pod's address there.
         """
         self._bwrap = sandbox()
         self.name, self.spec, self.image, self.directory = name, spec, image, directory
         (self.container,) = spec["containers"]
         self.ports = dict(ports)
+        self._fields = {"metadata.name": name, "status.podIP": ip}
         self._programs, self._network, self._hosts = programs, network, hosts
         self._config_maps, self._secrets, self._mounts = config_maps, secrets, mounts
         self.volumes: dict[str, ConfigMapVolume] = {}
@@ -213,8 +215,7 @@ class Pod:
 
     def _value_from(self, source: Manifest) -> str:
         if "fieldRef" in source:
-            assert source["fieldRef"]["fieldPath"] == "metadata.name"
-            return self.name
+            return self._fields[source["fieldRef"]["fieldPath"]]
         return self._secrets[source["secretKeyRef"]["name"]][source["secretKeyRef"]["key"]]
 
     def _environment(self) -> list[str]:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_ext.manifests.check import read_files
+from lmcache_ext.manifests.convert.convert import as_text, convert
+from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.stores.lmserver import LMServerStore, Settings
 from lmcache_ext.stores.lmserver_socket import Address
 from tests.controllers import Talker
 from tests.deploy.image import Image, image
-from tests.deploy.manifests import DEPLOY, build, of_kind, quantity
+from tests.deploy.manifests import DEPLOY, ROOT, build, load, of_kind, quantity
 from tests.deploy.pod import Pod
 from tests.servers import free_port, redis_binary, valkey_binary
 
@@ -124,4 +127,17 @@ def test_controller_answers_its_probes_and_asks_engines_for_the_token(tmp_path):
         assert Talker(ports[8400], token="wrong").hello["code"] == "token"
         for port in (8300, 8400):
             assert Talker(ports[port], token=PASSWORD).hello["ok"]
+        assert pod.stop() == 0
+
+
+def test_converted_controller_runs_as_its_manifest_says(tmp_path):
+    (file,), _ = read_files([str(ROOT / "tests/data/charts/kv-aware.yaml")])
+    (found,) = of_kind(load(as_text(convert(file, Options()), file.name)), "Deployment")
+    ports = {port: free_port() for port in (9000, 9001, 9002, 9090)}
+    pod = Pod("c", found["spec"]["template"]["spec"], image("server"), tmp_path, config_maps={}, ports=ports)
+    with running(pod):
+        assert pod.probe("readinessProbe")
+        assert pod.probe("livenessProbe")
+        for port in (9000, 9001, 9002):
+            assert Talker(ports[port]).hello["ok"]
         assert pod.stop() == 0

@@ -45,7 +45,7 @@ NOT_MAPPED = {
     "key-and-gateway": [("routerSpec.route", "no router"), ("routerSpec.otel", "no router")],
     "ray": [(f"{MODEL}.raySpec.headNode", "workerSpec")],
     "disaggregated": [(f"{MODEL}.lmcacheConfig.nixlPeerHost", "not split"), ("routerSpec.extraArgs", "no router")],
-    "kv-aware": [(f"{MODEL}.lmcacheConfig.p2pInitPorts", "no effect"), ("routerSpec.routingLogic", "no router")],
+    "kv-aware": [("routerSpec.sessionKey", "no router"), ("routerSpec.routingLogic", "no router")],
     "keda": [(f"{MODEL}.keda.triggers", "scaleMetric"), ("routerSpec.pdb", "no router")],
 }
 

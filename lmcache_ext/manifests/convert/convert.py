@@ -11,7 +11,7 @@ from lmcache_ext.errors import ManifestError
 from lmcache_ext.manifests import chart
 from lmcache_ext.manifests.bundle import HELM, kind_of
 from lmcache_ext.manifests.check import check, mend
-from lmcache_ext.manifests.convert import models, servers
+from lmcache_ext.manifests.convert import controller, models, servers
 from lmcache_ext.manifests.convert.ledger import Ledger, Section, Values
 from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.manifests.convert.resources import write_placement, write_replicas
@@ -46,13 +46,15 @@ def convert(file: File, options: Options) -> Converted:
     server_objects, remote = servers.cache_server(root.inner("cacheserverSpec"), options)
     storage, shared = _shared_storage(root.inner("sharedPvcStorage"), options)
     serving = root.inner("servingEngineSpec")
-    engines, names = _engines(serving, options, remote, shared)
-    router = servers.router_service(root.inner("routerSpec"), options, names)
+    engines, files = _engines(serving, options, remote, shared)
+    router = root.inner("routerSpec")
+    control = controller.controller(router, options, files)
+    service = servers.router_service(router, options, list(files))
     extra = root.mappings("extraObjects", "as they are")
     for name, why in _ELSEWHERE.items():
         root.refuse(why, name)
     root.close()
-    objects = [*storage, *server_objects, *engines, *router, *extra]
+    objects = [*storage, *server_objects, *control, *engines, *service, *extra]
     return Converted([_in_namespace(each, options) for each in objects], ledger)
 
 
@@ -64,8 +66,8 @@ def _in_namespace(manifest: Values, options: Options) -> Values:
 
 def _engines(
     serving: Section, options: Options, remote: tuple[str, str] | None, shared: str
-) -> tuple[list[Values], list[str]]:
-    """(objects, names of the models)."""
+) -> tuple[list[Values], dict[str, Values]]:
+    """(objects, the LMCache file of each model by its name, {} where its cache is off)."""
     wanted = serving.take("enableEngine", "whether there are models", default=True)
     port = serving.whole("servicePort", "the port of each model's Service", 80)
     made: list[tuple[models.Model, Cache | None]] = []
@@ -85,7 +87,8 @@ def _engines(
         objects += [*model.objects, service, servers.engine_service(options, model.name, model.section, port)]
         _close_model(model.section)
     _close_serving(serving, any_model=bool(made))
-    return [*_secret(made, options), *objects], [model.name for model, _ in made]
+    files = {model.name: cache.settings if cache is not None else {} for model, cache in made}
+    return [*_secret(made, options), *objects], files
 
 
 def _model(
@@ -99,7 +102,8 @@ def _model(
     models.write_storage(model, shared)
     models.write_templates(model)
     _write_init_container(model)
-    cache = lmcache_settings(section.inner("lmcacheConfig"), model.env, remote, shared)
+    is_alone = model.predictor["maxReplicas"] == 1
+    cache = lmcache_settings(section.inner("lmcacheConfig"), options, model.env, remote, shared, is_alone=is_alone)
     return model, cache
 
 

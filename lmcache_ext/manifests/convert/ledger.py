@@ -71,6 +71,16 @@ class Section:
             raise self._wrong(name, "a whole number")
         return int(value)
 
+    def port(self, name: str, target: str, default: int) -> int:
+        """A port; ``default`` where it is absent or empty. Raises ManifestError for anything else."""
+        if self.peek(name, "") == "":
+            self.take(name, target)
+            return default
+        port = self.whole(name, target, default)
+        if not 0 < port < 65536:
+            raise self._wrong(name, "a port, 1 to 65535,")
+        return port
+
     def mapping(self, name: str, target: str, default: Values | None = None) -> Values:
         """A mapping, empty where there is none. Raises ManifestError for anything else."""
         value = self.take(name, target, default or {})

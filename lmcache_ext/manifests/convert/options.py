@@ -25,6 +25,10 @@ class Options:
         return f"{self.release}-cache-server-service"
 
     @property
+    def controller_service(self) -> str:
+        return f"{self.release}-lmcache-controller-service"
+
+    @property
     def router_service(self) -> str:
         return f"{self.release}-router-service"
 

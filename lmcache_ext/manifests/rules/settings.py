@@ -13,6 +13,7 @@ from lmcache_ext.errors import ConfigError, ManifestError
 from lmcache_ext.manifests.bundle import Bundle
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Edits, Node, remove, rename, replace
+from lmcache_ext.manifests.pods import pods
 
 _KNOWN = {*KEYS, *RENAMED, "local_device", "extra_config"}
 _PLACE = re.compile(r"settings:(?:(\d+):)? (.*)", re.DOTALL)
@@ -61,11 +62,12 @@ def _old_device(pair: Node) -> Found:
 
 
 def _values(bundle: Bundle) -> Iterator[Found]:
+    of_pods = _of_pods(bundle)
     for document in bundle.settings:
         bad = [found for pair in document.node.pairs() if (found := _bad_value(pair)) is not None]
         yield from bad
         if not bad and all(pair.name in _KNOWN for pair in document.node.pairs()):
-            yield from _bad_together(document.node)
+            yield from _bad_together(document.node, of_pods)
 
 
 def _bad_value(pair: Node) -> Found | None:
@@ -83,10 +85,16 @@ def _bad_value(pair: Node) -> Found | None:
     return None
 
 
-def _bad_together(node: Node) -> Iterator[Found]:
+def _of_pods(bundle: Bundle) -> dict[str, str]:
+    """The address that no file can have, as each pod has its own, where pods are given it by a variable."""
+    names = {name for pod in pods(bundle) for container in pod.containers for name in container.env}
+    return {"LMCACHE_P2P_HOST": "0.0.0.0"} if "LMCACHE_P2P_HOST" in names else {}
+
+
+def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
     """Keys that are good one by one, and not together."""
     try:
-        load_config(path="settings", content=node.source, environ={})
+        load_config(path="settings", content=node.source, environ=environ)
     except ConfigError as error:
         found = _PLACE.fullmatch(str(error))
         line = int(found[1]) if found and found[1] else 1
