@@ -18,6 +18,8 @@ from lmcache_ext.manifests.pods import Arg, Container, Env, Mount, Pod, pods
 
 CONNECTORS = ("LMCacheConnectorV1", "LMCacheConnector")
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+OF_THE_POD = {"LMCACHE_P2P_HOST": "0.0.0.0"}
+"""Variables that a pod fills in by itself, with some value of their kind."""
 TRANSFER_FLAG = "kv-transfer-config"
 _READ = re.compile(r"(LMCACHE|LM_CACHE|REDIS)_[A-Z0-9_]+")
 _NAME = "lmcache_config.yaml"
@@ -91,9 +93,8 @@ class Cache:
     @cached_property
     def config(self) -> Config | None:
         """What the settings amount to; None where they cannot be honoured (another rule says why)."""
-        environ = {
-            name: each.value for name, each in self.container.env.items() if each.value and _READ.fullmatch(name)
-        }
+        written = {name: each.value or OF_THE_POD.get(name, "") for name, each in self.container.env.items()}
+        environ = {name: value for name, value in written.items() if value and _READ.fullmatch(name)}
         environ.pop(FILE_VARIABLE, None)
         extra = self.transfer_value.get("kv_connector_extra_config") if self.transfer_value else None
         content = self.settings.node.source if self.settings else None

@@ -8,7 +8,10 @@ import yaml
 from lmcache_ext.config import load_config
 from lmcache_ext.daemons import controller_args
 from lmcache_ext.errors import ManifestError
-from lmcache_ext.manifests.check import check
+from lmcache_ext.manifests.caches import caches
+from lmcache_ext.manifests.check import check, read_files
+from lmcache_ext.manifests.convert.convert import as_text, convert
+from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.manifests.text import File
 from tests.unit.test_convert import CACHE, MODEL, converted, engine, one_model, settings
 
@@ -200,6 +203,15 @@ def test_what_the_router_says_of_its_controller_is_carried_over():
     arguments = controller_args.parse(container(objects)["args"], "lmcache_controller")
     assert arguments.log_level == "warning"
     assert arguments.monitor_ports["pull"] == 9000
+
+
+def test_check_sees_how_much_a_peer_keeps():
+    """The rules of memory need all settings, and a peer's address is known to its pod alone."""
+    (file,), _ = read_files([str(CHART)])
+    checked = check([File("out.yaml", as_text(convert(file, Options()), file.name))])
+    (cache,) = caches(checked.bundle)
+    assert cache.is_known
+    assert cache.host_bytes == 30 * 2**30
 
 
 def test_check_knows_that_a_pod_tells_its_own_address():

@@ -11,6 +11,7 @@ from lmcache_ext.config_sources import shown
 from lmcache_ext.config_urls import directories
 from lmcache_ext.errors import ConfigError, ManifestError
 from lmcache_ext.manifests.bundle import Bundle
+from lmcache_ext.manifests.caches import OF_THE_POD
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Edits, Node, remove, rename, replace
 from lmcache_ext.manifests.pods import pods
@@ -88,7 +89,7 @@ def _bad_value(pair: Node) -> Found | None:
 def _of_pods(bundle: Bundle) -> dict[str, str]:
     """The address that no file can have, as each pod has its own, where pods are given it by a variable."""
     names = {name for pod in pods(bundle) for container in pod.containers for name in container.env}
-    return {"LMCACHE_P2P_HOST": "0.0.0.0"} if "LMCACHE_P2P_HOST" in names else {}
+    return {name: value for name, value in OF_THE_POD.items() if name in names}
 
 
 def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
