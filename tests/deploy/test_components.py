@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_ext.config import load_config
 from lmcache_ext.manifests.check import read_files
 from lmcache_ext.manifests.convert.convert import as_text, convert
 from lmcache_ext.manifests.convert.options import Options
@@ -16,6 +17,7 @@ from lmcache_ext.stores.lmserver import LMServerStore, Settings
 from lmcache_ext.stores.lmserver_socket import Address
 from tests.controllers import Talker
 from tests.deploy.image import Image, image
+from tests.deploy.kserve_render import render
 from tests.deploy.manifests import DEPLOY, ROOT, build, load, of_kind, quantity
 from tests.deploy.pod import Pod
 from tests.servers import free_port, redis_binary, valkey_binary
@@ -141,3 +143,27 @@ def test_converted_controller_runs_as_its_manifest_says(tmp_path):
         for port in (9000, 9001, 9002):
             assert Talker(ports[port]).hello["ok"]
         assert pod.stop() == 0
+
+
+def test_replicas_are_told_their_own_addresses_and_may_reach_each_other(tmp_path):
+    built = build(DEPLOY / "overlays" / "p2p")
+    (service,) = of_kind(built, "InferenceService")
+    (policy,) = [one["spec"] for one in of_kind(built, "NetworkPolicy") if one["metadata"]["name"] == "lmcache-peers"]
+    maps = {one["metadata"]["name"]: one["data"] for one in of_kind(built, "ConfigMap")}
+    file = tmp_path / "lmcache_config.yaml"
+    file.write_text(maps["lmcache-config"][file.name])
+    urls = []
+    for name, ip in (("qwen-a", "10.1.0.7"), ("qwen-b", "10.1.0.8")):
+        spec = render(build(DEPLOY / "base"), service).spec
+        directory = tmp_path / name
+        pod = Pod(name, spec, image("cpu"), directory, config_maps=maps, secrets=SECRETS, ip=ip)
+        config = load_config(path=str(file), environ=pod.environment())
+        assert (config.instance_id, config.peer.enabled) == (name, True)
+        urls.append((config.peer.host, *config.peer.init_ports))
+    assert urls == [("10.1.0.7", 8200), ("10.1.0.8", 8200)]
+    peers, everybody = policy["ingress"]
+    assert peers["from"] == [{"podSelector": policy["podSelector"]}]
+    assert peers["ports"] == [{"port": 8200}]
+    assert everybody == {"ports": [{"port": 8080}]}
+    assert service["spec"]["predictor"]["labels"].items() >= policy["podSelector"]["matchLabels"].items()
+    assert service["spec"]["predictor"]["minReplicas"] > 1
