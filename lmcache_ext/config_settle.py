@@ -13,6 +13,9 @@ from lmcache_ext.config_values import GIB, in_gib, seconds
 
 DEFAULT_HOST_BYTES = 5 * GIB
 DEFAULT_DISK_BYTES = 10 * GIB  # LMCache's own default is 0: a disk that stores nothing
+_PEER_ADDRESS = (
+    "write where other engines reach this one; on Kubernetes the host is a variable, LMCACHE_P2P_HOST from status.podIP"
+)
 
 
 def settle(draft: Draft, environ: Mapping[str, str]) -> None:
@@ -127,7 +130,7 @@ def _settle_peer(draft: Draft) -> None:
     if not draft.values.get("controller.enabled"):
         raise refusal(setting, "needs enable_controller: true: the controller says which peer has a chunk")
     if not draft.values.get("peer.host") or not draft.values.get("peer.init_ports"):
-        raise refusal(setting, "needs p2p_host and p2p_init_ports: where other engines reach this one")
+        raise refusal(setting, "needs p2p_host and p2p_init_ports: " + _PEER_ADDRESS)
     if draft.values.get("peer.transfer_channel") not in (None, "tcp"):
         channel = draft.settings["transfer_channel"]
         draft.note(channel, f"{channel.value}: TCP stands in, from host memory to host memory")

@@ -221,6 +221,7 @@ def test_check_knows_that_a_pod_tells_its_own_address():
     )
     (finding,) = [one for one in check([File("m.yaml", text)]).findings if one.severity == "error"]
     assert "p2p_host" in finding.message + finding.fix
+    assert "LMCACHE_P2P_HOST from status.podIP" in finding.fix
     env = [{"name": "LMCACHE_P2P_HOST", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}
     pod["spec"] = {"containers": [{"name": "e", "image": "i:1", "command": ["vllm"], "env": env}]}
