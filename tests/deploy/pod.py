@@ -152,7 +152,7 @@ class Pod:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                start_new_session=True,
+                process_group=0,  # no session: Linux 6.18 starves other ones while vLLM yields in a loop
             )
         os.close(write)
         with os.fdopen(read) as info:

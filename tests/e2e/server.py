@@ -112,7 +112,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,  # no session: Linux 6.18 starves other ones while vLLM yields in a loop
             )
 
     def wait_ready(self) -> None:
