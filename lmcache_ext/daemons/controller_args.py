@@ -7,10 +7,11 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from lmcache_ext.daemons.arguments import Parser, count, port, seconds_above_0
 from lmcache_ext.daemons.lm_args import memory_limit
 from lmcache_ext.errors import ConfigError
 
@@ -18,12 +19,6 @@ MONITORS = ("pull", "reply", "heartbeat")
 DEFAULT_PORTS = {"pull": 8300, "reply": 8400}
 KEY_BYTES = 512
 """What a key of one engine takes in memory, generously."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; argparse would print the usage above it."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -41,17 +36,17 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return arguments
 
 
-def _parser(prog: str) -> _Parser:
-    parser = _Parser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog, description="Knows which engine holds which chunk of KV in its host memory.", allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE", help="YAML with these options by name; the command line wins")
     parser.add_argument("--host", default="localhost", help="address to listen on, default localhost")
-    parser.add_argument("--port", type=_port, default=9000, help="HTTP, default 9000; 0 takes a free one")
+    parser.add_argument("--port", type=port, default=9000, help="HTTP, default 9000; 0 takes a free one")
     parser.add_argument(
         "--monitor-ports", type=_ports, metavar="JSON", help=f"for engines, default {json.dumps(DEFAULT_PORTS)}"
     )
-    parser.add_argument("--monitor-port", type=_port, help="one port for all that engines say; an old option")
+    parser.add_argument("--monitor-port", type=port, help="one port for all that engines say; an old option")
     parser.add_argument(
         "--health-check-interval",
         type=float,
@@ -61,21 +56,21 @@ def _parser(prog: str) -> _Parser:
     )
     parser.add_argument(
         "--lmcache-worker-timeout",
-        type=_seconds,
+        type=seconds_above_0,
         default=300.0,
         metavar="S",
         help="an engine silent for so long is gone",
     )
     parser.add_argument("--auth-token-file", metavar="FILE", help="engines and control verbs must send this token")
     parser.add_argument(
-        "--max-keys", type=_count, help="default what 60%% of the memory limit holds, at most 20 million"
+        "--max-keys", type=count, help="default what 60%% of the memory limit holds, at most 20 million"
     )
-    parser.add_argument("--max-connections", type=_count, default=4096)
+    parser.add_argument("--max-connections", type=count, default=4096)
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
 
 
-def _read(parser: _Parser, words: Sequence[str]) -> argparse.Namespace:
+def _read(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -100,7 +95,7 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _from_file(parser: _Parser, path: str) -> list[str]:
+def _from_file(parser: Parser, path: str) -> list[str]:
     """The file's options as words of a command line."""
     try:
         options = yaml.safe_load(Path(path).read_text())
@@ -146,7 +141,7 @@ def _ports(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(
             f'{text!r} is not JSON such as {{"pull": 8300, "reply": 8400, "heartbeat": 8082}}'
         )
-    return {name: _port(str(port)) for name, port in found.items()}
+    return {name: port(str(number)) for name, number in found.items()}
 
 
 def _loosely(text: str) -> object:
@@ -155,25 +150,3 @@ def _loosely(text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return None
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, expected 0 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds

@@ -9,19 +9,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from lmcache_ext.daemons.arguments import Parser, count, port, seconds
 from lmcache_ext.daemons.lm_policy import POLICIES
 from lmcache_ext.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; argparse would print the usage above it."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(argv: Sequence[str | int] | None, prog: str) -> argparse.Namespace:
@@ -36,9 +30,9 @@ def parse(argv: Sequence[str | int] | None, prog: str) -> argparse.Namespace:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description="A cache server for lm:// clients, this package's and LMCache's.")
+    parser = Parser(prog=prog, description="A cache server for lm:// clients, this package's and LMCache's.")
     parser.add_argument("host", metavar="HOST", help="address to listen on, such as localhost or 0.0.0.0")
-    parser.add_argument("port", metavar="PORT", type=_port, help="0 takes a free one and prints it")
+    parser.add_argument("port", metavar="PORT", type=port, help="0 takes a free one and prints it")
     parser.add_argument("device", metavar="DEVICE", nargs="?", default="cpu", help="accepted for LMCache's sake")
     room = parser.add_argument_group("room")
     room.add_argument("--max-bytes", type=size, help="memory for objects, default 80%% of the limit of the container")
@@ -54,15 +48,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     access.add_argument("--tls-key", help="PEM file")
     access.add_argument("--tls-client-ca", help="PEM file; clients must show a certificate signed by it")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-connections", type=_count, default=4096)
-    limits.add_argument("--max-in-flight", type=_count, default=128, help="unanswered requests per connection")
-    limits.add_argument(
-        "--read-timeout", type=_seconds, default=30.0, metavar="S", help="for a request to come through"
-    )
-    limits.add_argument("--idle-timeout", type=_seconds, default=0.0, metavar="S", help="default 0, for ever")
-    limits.add_argument("--grace", type=_seconds, default=10.0, metavar="S", help="for requests under way at SIGTERM")
+    limits.add_argument("--max-connections", type=count, default=4096)
+    limits.add_argument("--max-in-flight", type=count, default=128, help="unanswered requests per connection")
+    limits.add_argument("--read-timeout", type=seconds, default=30.0, metavar="S", help="for a request to come through")
+    limits.add_argument("--idle-timeout", type=seconds, default=0.0, metavar="S", help="default 0, for ever")
+    limits.add_argument("--grace", type=seconds, default=10.0, metavar="S", help="for requests under way at SIGTERM")
     watch = parser.add_argument_group("watching it")
-    watch.add_argument("--http-port", type=_port, help="serve /metrics and /healthz here; off unless given")
+    watch.add_argument("--http-port", type=port, help="serve /metrics and /healthz here; off unless given")
     watch.add_argument("--http-host", help="default HOST")
     watch.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
@@ -121,25 +113,3 @@ def _disk_room(path: str) -> int:
     """80 % of what is free there and what the directory itself holds."""
     held = sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
     return (shutil.disk_usage(path).free + held) * 8 // 10
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, expected 0 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
