@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
-import ipaddress
 import logging
 import os
 import secrets
@@ -23,7 +21,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lmcache_ext.daemons.controller_api import Api
 from lmcache_ext.daemons.controller_args import parse
@@ -33,6 +30,8 @@ from lmcache_ext.daemons.controller_link import Link
 from lmcache_ext.daemons.lm_http import prometheus
 from lmcache_ext.daemons.lmserver import bind
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.stores.sockets import is_loopback
+from lmcache_ext.stores.tokens import Token
 
 logger = logging.getLogger("lmcache_ext.daemons.controller")
 
@@ -56,8 +55,8 @@ class Controller:
         """By session, the connection on which an engine tells what it holds."""
         self.is_stopping = False
         self.is_local = True
-        self._token_file = token_file
-        self._token = _read(token_file) if token_file else b""
+        self.token = Token(token_file)
+        self.token.read()
         self._max_connections = max_connections
         self._sweep_s = sweep_s
         self._api = Api(self)
@@ -68,7 +67,7 @@ class Controller:
 
     async def listen(self, http: Sequence[socket.socket], monitors: Sequence[socket.socket]) -> None:
         """Serve bound sockets."""
-        self.is_local = all(_is_loopback(sock) for sock in (*http, *monitors))
+        self.is_local = all(map(is_loopback, (*http, *monitors)))
         server = HttpServer(self._api.routes)
         for sock in http:
             self._listeners.append(await asyncio.start_server(server.handle, sock=sock, limit=MAX_HEAD_BYTES))
@@ -99,20 +98,6 @@ class Controller:
     def heartbeat_s(self) -> float:
         """So often an engine should be heard: three may be lost before it counts as gone."""
         return min(HEARTBEAT_S, self.directory.timeout_s / 4)
-
-    @property
-    def needs_token(self) -> bool:
-        return self._token_file is not None
-
-    def accepts_token(self, token: str) -> bool:
-        """Compare with the file as it is now: a mounted secret may have changed."""
-        if self._token_file is None:
-            return True
-        try:
-            self._token = _read(self._token_file)
-        except OSError as error:
-            logger.warning("%s: %s; the token read before still counts", self._token_file, error)
-        return bool(self._token) and hmac.compare_digest(self._token, token.encode())
 
     def attached(self, session: str, link: Link) -> None:
         self.links[session] = link
@@ -238,7 +223,7 @@ def _announce(
     http: Sequence[socket.socket],
     monitors: Mapping[str, Sequence[socket.socket]],
 ) -> None:
-    if not controller.is_local and not controller.needs_token:
+    if not controller.is_local and not controller.token.is_needed:
         logger.warning(
             "%s is reachable from other machines and asks for no token: whoever reaches it can pose as an engine, and "
             "control verbs are refused; use --auth-token-file",
@@ -249,14 +234,6 @@ def _announce(
             logger.info("%s port: listening on %s:%d", name, *sock.getsockname()[:2])
     for sock in http:
         logger.info("HTTP: listening on %s:%d", *sock.getsockname()[:2])
-
-
-def _is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def _read(path: str) -> bytes:
-    return Path(path).read_bytes().strip()
 
 
 if __name__ == "__main__":

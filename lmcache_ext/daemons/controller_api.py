@@ -18,6 +18,7 @@ from lmcache_ext.daemons.controller_hashing import MAX_TOKEN, Hashing, read_hash
 from lmcache_ext.daemons.controller_http import Handler, Request, Response
 from lmcache_ext.daemons.controller_link import Link
 from lmcache_ext.errors import RequestRefused
+from lmcache_ext.stores.tokens import Token
 
 LOCATION = "LocalCPUBackend"
 """LMCache's name for host memory, the only tier that engines tell of."""
@@ -40,15 +41,13 @@ class Controller(Protocol):
     directory: Directory
     links: dict[str, Link]
     counters: Counter[str]
+    token: Token
 
     def now(self) -> float: ...
     def metrics(self) -> str: ...
-    def accepts_token(self, token: str) -> bool: ...
 
     @property
     def is_stopping(self) -> bool: ...
-    @property
-    def needs_token(self) -> bool: ...
     @property
     def is_local(self) -> bool: ...
 
@@ -228,8 +227,8 @@ class Api:
         raise RequestRefused(501, _NOT_HERE[request.path.rstrip("/")])
 
     def _admit(self, request: Request) -> None:
-        if self._controller.needs_token:
-            if not self._controller.accepts_token(request.token):
+        if self._controller.token.is_needed:
+            if not self._controller.token.accepts(request.token.encode()):
                 self._controller.counters["unauthorized"] += 1
                 raise RequestRefused(401, "send Authorization: Bearer and the token of --auth-token-file")
         elif not self._controller.is_local:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from lmcache_ext.daemons.controller_directory import Directory, Engine
+from lmcache_ext.stores.tokens import Token
 from lmcache_ext.wire import controller as wire
 from lmcache_ext.wire.stream import WireError
 from lmcache_ext.wire.v2 import MAX_BATCH_KEYS, decode_keys
@@ -33,10 +34,10 @@ class Hub(Protocol):
 
     directory: Directory
     counters: Counter[str]
+    token: Token
 
     def now(self) -> float: ...
     def new_session(self) -> str: ...
-    def accepts_token(self, token: str) -> bool: ...
     def attached(self, session: str, link: Link) -> None: ...
     def done(self, event: str, num_chunks: int) -> None: ...
 
@@ -128,7 +129,7 @@ class Link:
     # -- operations
 
     def _hello(self, message: wire.Message) -> dict[str, Any]:
-        if not self._hub.accepts_token(message.get("token", str, "")):
+        if not self._hub.token.accepts(message.get("token", str, "").encode()):
             self._hub.counters["unauthorized"] += 1
             logger.warning("%s: the token is missing or wrong", self._ip)
             return {"error": "the token is missing or wrong: set controller_token_file", "code": "token"}

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 from lmcache_ext.daemons.lm_cache import Cache
 from lmcache_ext.daemons.lm_outbox import Outbox
+from lmcache_ext.stores.tokens import Token
 from lmcache_ext.wire.stream import Decoder, WireError
 
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
@@ -47,14 +48,11 @@ class Host(Protocol):
     limits: Limits
     counters: Counter[str]
     scratch: memoryview
+    token: Token
 
     def admits(self, connection: Connection) -> bool: ...
     def dropped(self, connection: Connection) -> None: ...
-    def accepts_token(self, token: bytes) -> bool: ...
     def stats(self) -> dict[str, Any]: ...
-
-    @property
-    def needs_token(self) -> bool: ...
 
 
 class Dialect(Protocol):
@@ -84,7 +82,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, host: Host, first: Callable[[Connection], Dialect]) -> None:
         self.host = host
-        self.is_authorized = not host.needs_token
+        self.is_authorized = not host.token.is_needed
         self.peer = "?"
         self._dialect = first(self)
         self._intake: Intake | None = None

@@ -163,7 +163,7 @@ class V2Dialect:
 
     def _hello(self, request_id: int, token: bytearray) -> None:
         host = self._connection.host
-        if not host.accepts_token(bytes(token)):
+        if not host.token.accepts(bytes(token)):
             self._refuse_stranger(request_id)
             return
         self._connection.is_authorized = True

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import ssl
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from lmcache_ext.daemons.lm_cache import Cache
 from lmcache_ext.daemons.lm_connection import SCRATCH_BYTES, Connection, Limits
 from lmcache_ext.daemons.lm_dialects import OldDialect
 from lmcache_ext.daemons.lm_http import prometheus
+from lmcache_ext.stores.tokens import Token
 
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
 
@@ -38,8 +37,8 @@ class Server:
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self.is_stopping = False
         self._max_connections = max_connections
-        self._token_file = token_file
-        self._token = _read(token_file) if token_file else b""
+        self.token = Token(token_file)
+        self.token.read()
         self._connections: set[Connection] = set()
         self._listeners: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
@@ -85,20 +84,6 @@ class Server:
 
     def dropped(self, connection: Connection) -> None:
         self._connections.discard(connection)
-
-    @property
-    def needs_token(self) -> bool:
-        return self._token_file is not None
-
-    def accepts_token(self, token: bytes) -> bool:
-        """Compare with the file as it is now: a mounted secret may have changed."""
-        if self._token_file is None:
-            return True
-        try:
-            self._token = _read(self._token_file)
-        except OSError as error:
-            logger.warning("%s: %s; the token read before still counts", self._token_file, error)
-        return bool(self._token) and hmac.compare_digest(self._token, token)
 
     def stats(self) -> dict[str, Any]:
         """What STATS answers."""
@@ -173,7 +158,3 @@ class Server:
 
 def _labels(operation: str, outcome: str) -> str:
     return f'{{operation="{operation}",outcome="{outcome or "ok"}"}}'
-
-
-def _read(path: str) -> bytes:
-    return Path(path).read_bytes().strip()

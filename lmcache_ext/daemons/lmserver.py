@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import ipaddress
 import logging
 import os
 import resource
@@ -31,6 +30,7 @@ from lmcache_ext.daemons.lm_memory import Memory
 from lmcache_ext.daemons.lm_policy import POLICIES
 from lmcache_ext.daemons.lm_server import Server
 from lmcache_ext.errors import ConfigError, StoreError
+from lmcache_ext.stores.sockets import is_loopback
 
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
 
@@ -157,9 +157,8 @@ def _tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
 def _announce(arguments: argparse.Namespace, sockets: list[socket.socket], http: list[socket.socket]) -> None:
     if arguments.device != "cpu":
         logger.info("DEVICE %s: objects rest in host memory all the same", arguments.device)
-    addresses = [sock.getsockname() for sock in sockets]
     is_open = not arguments.auth_token_file and not arguments.tls_client_ca
-    if is_open and not all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for address in addresses):
+    if is_open and not all(map(is_loopback, sockets)):
         logger.warning(
             "%s is reachable from other machines and asks for no token: whoever reaches it reads and writes KV; "
             "use --auth-token-file or --tls-client-ca",
@@ -171,8 +170,8 @@ def _announce(arguments: argparse.Namespace, sockets: list[socket.socket], http:
     )
     for sock in http:
         logger.info("metrics on http://%s:%d/metrics", *sock.getsockname()[:2])
-    for address in addresses:
-        logger.info("listening on %s:%d", *address[:2])
+    for sock in sockets:
+        logger.info("listening on %s:%d", *sock.getsockname()[:2])
 
 
 if __name__ == "__main__":

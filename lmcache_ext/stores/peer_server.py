@@ -5,8 +5,6 @@ A thread per connection, plain and blocking: peers keep few connections, each of
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import json
 import logging
 import socket
@@ -15,11 +13,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 from lmcache_ext.errors import ConfigError
-from lmcache_ext.stores.sockets import after
+from lmcache_ext.stores.sockets import after, is_loopback
+from lmcache_ext.stores.tokens import Token
 from lmcache_ext.wire import lm, v2
 from lmcache_ext.wire.stream import Decoder, WireError
 
@@ -67,7 +65,7 @@ class PeerServer:
         """`objects` makes those of one connection; `max_bytes` is the longest object."""
         self._host, self._ports = host, ports
         self._objects = objects
-        self._token_file = token_file
+        self.token = Token(token_file)
         self._can = v2.Capabilities(max_bytes, v2.MAX_BATCH_KEYS, 1024)
         self._listeners: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -85,7 +83,7 @@ class PeerServer:
                     f"p2p_host, p2p_init_ports, p2p_lookup_ports: cannot listen on {self._host}:{port}: "
                     f"{error.strerror or error}; each engine of a machine needs ports of its own"
                 ) from error
-        if not self._token_file and not all(map(_is_loopback, self._listeners)):
+        if not self.token.is_needed and not all(map(is_loopback, self._listeners)):
             logger.warning(
                 "p2p_host: %s is reachable from other machines and asks for no token: whoever reaches it reads KV; "
                 "use controller_token_file",
@@ -108,10 +106,6 @@ class PeerServer:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             thread.join(JOIN_S)
-
-    def token(self) -> bytes:
-        """As it is now: a mounted secret may have changed. Raises OSError."""
-        return Path(self._token_file).read_bytes().strip() if self._token_file else b""
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # closed
@@ -144,8 +138,7 @@ class _Connection:
 
     def __init__(self, server: PeerServer, sock: socket.socket, objects: Objects, can: v2.Capabilities) -> None:
         self._server, self._sock, self._objects, self._can = server, sock, objects, can
-        self._token = server.token()
-        self._is_welcome = not self._token
+        self._is_welcome = not server.token.is_needed
         self._old = lm.RequestDecoder()
         self._decoder = v2.RequestDecoder()
 
@@ -165,7 +158,7 @@ class _Connection:
     def _answer(self, request: v2.Request, body: bytes) -> bool:
         """Whether the connection goes on."""
         if request.op == v2.Op.HELLO:
-            self._is_welcome = self._is_welcome or hmac.compare_digest(self._token, body)
+            self._is_welcome = self._is_welcome or self._server.token.accepts(body)
         if not self._is_welcome:
             self._server.counters["unauthorized"] += 1
             self._reply(request, b"the token is missing or wrong", v2.Status.UNAUTHORIZED)
@@ -233,10 +226,6 @@ class _Connection:
         left = [part for part in parts if part.nbytes]
         while left:
             left = after(left, self._sock.sendmsg(left))
-
-
-def _is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _listen(host: str, port: int) -> socket.socket:

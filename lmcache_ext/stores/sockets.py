@@ -7,6 +7,7 @@ these over a whole MSG_WAITALL receive, so one system call fills a part and a pe
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
@@ -16,6 +17,11 @@ IOV_MAX = 1024
 
 AGAIN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS})
 """What a call says that the kernel ended for its time."""
+
+
+def is_loopback(sock: socket.socket) -> bool:
+    """Whether a bound socket is reachable from this machine alone."""
+    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def send_some(sock: socket.socket, views: Sequence[memoryview], left_s: float) -> int:

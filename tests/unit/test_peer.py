@@ -201,6 +201,17 @@ def test_the_token_of_the_controller_is_that_of_peers(tmp_path):
         neighbour.server.close()
 
 
+def test_an_emptied_token_file_opens_no_memory(tmp_path):
+    (tmp_path / "token").write_text("")
+    with RunningController(token_file=None) as controller:
+        neighbour = Neighbour(controller, token_file=str(tmp_path / "token"))
+        neighbour.hold(1, 0)
+        store = open_store(controller)
+        assert fetch(store, 1)[1] == [None]
+        store.close()
+        neighbour.server.close()
+
+
 @pytest.mark.parametrize(
     ("host", "token_file", "warns"), [("127.0.0.1", None, 0), ("0.0.0.0", None, 1), ("0.0.0.0", "t", 0)]
 )
