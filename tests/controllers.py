@@ -94,7 +94,7 @@ class Talker:
 
     def read(self) -> dict[str, Any] | None:
         """The next message; None where the other side closes."""
-        while (message := self._decoder.next()) is None:
+        while (message := self._decoder.head()) is None:
             data = self.sock.recv(65536)
             if not data:
                 return None

@@ -99,7 +99,7 @@ class Link:
     def _answer_all(self) -> bool:
         """Answer every message that is complete; False where the stream is of no use."""
         try:
-            while (message := self._decoder.next()) is not None:
+            while (message := self._decoder.head()) is not None:
                 self._hub.counters["messages"] += 1
                 answer = {"re": _id_of(message), **self._answer(message)}
                 self._writer.write(wire.encode(answer))

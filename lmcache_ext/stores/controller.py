@@ -90,7 +90,7 @@ class ControllerLink:
         try:
             while select.select([self._socket()], [], [], 0)[0]:
                 self._read(time.monotonic() + self._door.timeout_s)
-                while (message := self._decoder.next()) is not None:
+                while (message := self._decoder.head()) is not None:
                     self.told.append(message)
         except OSError as error:
             raise StoreUnavailable(f"controller {self._door.address}: {error}") from error
@@ -111,7 +111,7 @@ class ControllerLink:
         return self._sock
 
     def _receive(self, deadline: float) -> wire.Message:
-        while (message := self._decoder.next()) is None:
+        while (message := self._decoder.head()) is None:
             self._read(deadline)
         return message
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lmcache_ext.wire.stream import WireError
+from typing_extensions import override
+
+from lmcache_ext.wire.stream import Decoder, WireError
 
 VERSION = 1
 MAGIC = b"KVCC"
@@ -61,37 +63,23 @@ def encode(fields: Mapping[str, Any], body: bytes = b"") -> bytes:
     return _HEAD.pack(MAGIC, VERSION, 0, len(text), len(body)) + text + body
 
 
-class MessageDecoder:
-    """Messages out of a stream of bytes. Holds at most what one `feed` brought plus one incomplete message."""
+class MessageDecoder(Decoder[Message]):
+    """Messages out of a stream of bytes: heads whose body is part of them, so none is left to drain."""
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes as they came from the peer."""
-        self._buffer += data
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes fed and not yet given out."""
-        return len(self._buffer)
-
-    def next(self) -> Message | None:
-        """The next message, or None until more is fed. Raises WireError; the stream is of no use afterwards."""
-        if len(self._buffer) < HEAD_BYTES:
+    @override
+    def _parse(self, buffer: bytearray) -> tuple[Message, int, int] | None:
+        if len(buffer) < HEAD_BYTES:
             return None
-        magic, version, zero, field_bytes, body_bytes = _HEAD.unpack_from(self._buffer)
+        magic, version, zero, field_bytes, body_bytes = _HEAD.unpack_from(buffer)
         if magic != MAGIC or version != VERSION or zero:
             raise WireError(f"read magic {magic!r} and version {version}, expected {MAGIC!r} and {VERSION}")
         if body_bytes > MAX_BODY_BYTES:
             raise WireError(f"read a body of {body_bytes} bytes, at most {MAX_BODY_BYTES} are sent")
         end = HEAD_BYTES + field_bytes
-        if len(self._buffer) < end + body_bytes:
+        if len(buffer) < end + body_bytes:
             return None
-        fields = _fields(bytes(self._buffer[HEAD_BYTES:end]))
-        message = Message(fields, bytes(self._buffer[end : end + body_bytes]))
-        del self._buffer[: end + body_bytes]
-        return message
+        fields = _fields(bytes(buffer[HEAD_BYTES:end]))
+        return Message(fields, bytes(buffer[end : end + body_bytes])), end + body_bytes, 0
 
 
 def _fields(text: bytes) -> dict[str, Any]:

@@ -335,7 +335,7 @@ class TestMessages:
         decoder, found = wire.MessageDecoder(), []
         for begin in range(len(data)):
             decoder.feed(data[begin : begin + 1])
-            while (message := decoder.next()) is not None:
+            while (message := decoder.head()) is not None:
                 found.append((message.fields["id"], message.body))
         assert found == [(1, b"body"), (2, b"")]
         assert decoder.buffered_bytes == 0
@@ -346,7 +346,7 @@ class TestMessages:
         decoder = wire.MessageDecoder()
         decoder.feed(b"KVCC\x01\x00\x02\x00" + (2**21).to_bytes(4, "little") + b"{}")
         with pytest.raises(WireError, match="2097152"):
-            decoder.next()
+            decoder.head()
 
 
 # --- the program -------------------------------------------------------------------------------
