@@ -162,8 +162,10 @@ class Announcer:
             pull.ask({"op": "done", "event": task.event, "chunks": num_chunks})
 
     def _wait(self, pull: ControllerLink, left_s: float) -> None:
-        ready, _, _ = select.select([pull.fileno(), self._awake.fileno()], [], [], max(left_s, 0.0))
-        if self._awake.fileno() in ready:
+        poll = select.poll()  # no limit of 1024 descriptors, as select has
+        for one in (pull, self._awake):
+            poll.register(one, select.POLLIN)
+        if self._awake.fileno() in dict(poll.poll(max(left_s, 0.0) * 1000)):
             time.sleep(_LINGER_S)
             with contextlib.suppress(BlockingIOError):
                 self._awake.recv(4096)

@@ -88,7 +88,9 @@ class ControllerLink:
     def listen(self) -> None:
         """Take in what the controller says by itself, without waiting. Raises StoreUnavailable where it is gone."""
         try:
-            while select.select([self._socket()], [], [], 0)[0]:
+            poll = select.poll()
+            poll.register(self._socket(), select.POLLIN)
+            while poll.poll(0):
                 self._read(time.monotonic() + self._door.timeout_s)
                 while (message := self._decoder.head()) is not None:
                     self.told.append(message)
