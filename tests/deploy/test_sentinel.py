@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -81,9 +82,16 @@ class Pods:
         found = [self.known(name) for name in self.sentinels]
         return all((one.get("num-slaves"), one.get("num-other-sentinels")) == ("2", "2") for one in found)
 
-    def replicas(self, name: str) -> int:
+    def written(self, name: str) -> int:
+        """How far a master's stream of commands has come, in bytes."""
         lines = self.cli(name, "INFO", "replication").splitlines()
-        return sum(line.startswith("slave") and "state=online" in line for line in lines)
+        return next(int(line.partition(":")[2]) for line in lines if line.startswith("master_repl_offset"))
+
+    def followers(self, name: str, offset: int) -> int:
+        """Replicas that have all of a master's stream up to there. One that is online may still have to be sent it."""
+        lines = self.cli(name, "INFO", "replication").splitlines()
+        found = [re.search(r"state=online,offset=(\d+)", line) for line in lines if line.startswith("slave")]
+        return sum(one is not None and int(one[1]) >= offset for one in found)
 
 
 @pytest.fixture
@@ -97,9 +105,11 @@ def test_another_redis_takes_over_when_the_master_dies(pods):
         pod.start()
     for pod in pods.pods.values():
         pod.wait_started(30)
-    until(lambda: pods.master() == "redis-0.redis" and pods.replicas("redis-0") == 2, "the first is the master", 30)
+    until(lambda: pods.master() == "redis-0.redis" and pods.followers("redis-0", 0) == 2, "the first is the master", 30)
     until(pods.are_acquainted, lambda: f"sentinels know all: {[pods.known(n) for n in pods.sentinels]}", 30)
     assert client(pods, "redis-1", "put") == "5 value"
+    written = pods.written("redis-0")
+    until(lambda: pods.followers("redis-0", written) == 2, "both replicas have it", 30)
     pods.pods["redis-0"].kill()
     until(lambda: pods.master() in ("redis-1.redis", "redis-2.redis"), "another master", FAILOVER_S)
     heir = pods.master().removesuffix(".redis")
@@ -111,7 +121,9 @@ def test_another_redis_takes_over_when_the_master_dies(pods):
     pods.pods["redis-0"].start()
     pods.pods["redis-0"].wait_started(30)
     until(
-        lambda: pods.replicas(heir) == 2, lambda: f"the old master follows: {pods.pods['redis-0'].tail()}", FAILOVER_S
+        lambda: pods.followers(heir, 0) == 2,
+        lambda: f"the old master follows: {pods.pods['redis-0'].tail()}",
+        FAILOVER_S,
     )
     assert pods.master() == f"{heir}.redis"
 
