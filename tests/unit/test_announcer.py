@@ -213,10 +213,13 @@ class TestTelling:
         port = free_port()
         announcer = join(Nobody())
         until(lambda: "tries again" in " ".join(said), "it was tried")
-        begin = time.monotonic()
-        for i in range(1000):
-            announcer.holdings.add([(key(i), i)], None)
-        assert time.monotonic() - begin < 1.0
+        took_s = []
+        for begin in range(0, 3000, 1000):
+            began = time.monotonic()
+            for i in range(begin, begin + 1000):
+                announcer.holdings.add([(key(i), i)], None)
+            took_s.append(time.monotonic() - began)
+        assert min(took_s) < 0.1, "100 us for each, where the machine does not stop for other reasons"
         threading.Event().wait(0.5)  # it is tried a few times more
         assert len(said) == 1
 
