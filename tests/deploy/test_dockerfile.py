@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import lmcache_ext
+from scripts.check_image import silent_vllm
 from tests.deploy.image import DOCKERFILE, image, instructions, stages
 from tests.deploy.manifests import ROOT
 
@@ -78,6 +80,7 @@ def test_versions_are_those_that_ci_installs(target):
         assert version.partition("+")[0] == pinned[name], name
 
 
+@pytest.mark.e2e  # ten seconds of vLLM's imports
 def test_this_environment_is_what_the_cpu_image_must_be():
     """The same check that ends the image's build."""
     done = subprocess.run(
@@ -103,6 +106,22 @@ def test_check_of_an_image_finds_a_torch_for_another_machine():
     assert done.returncode == 1
     assert "is for CUDA None" in done.stderr
     assert "vllm is 0.32.0+cpu, expected 0.32.0" in done.stderr
+
+
+def test_check_of_an_image_finds_a_command_vllm_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert list(silent_vllm("cpu")) == ["no command vllm: No such file or directory"]
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\necho PackageNotFoundError: vllm >&2\nexit 1\n")
+    program.chmod(0o755)
+    assert list(silent_vllm("cpu")) == ["vllm --version fails: PackageNotFoundError: vllm"]
+
+
+def test_image_for_cpus_gives_vllm_its_name():
+    assert "/opt/vllm_name" in runs("cpu")
+    named = tomllib.loads((ROOT / "scripts/vllm_name/pyproject.toml").read_text())["project"]
+    assert f"vllm=={named['version'].partition('+')[0]}" in (ROOT / "constraints.txt").read_text().split()
+    assert named["dependencies"][0] in (ROOT / "constraints.txt").read_text().split()
 
 
 def test_image_for_gpus_brings_the_kernels_along():
