@@ -41,7 +41,8 @@ from lmcache_ext.offload.prefix import PrefixLookup
 from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tenants import label_tenant
-from lmcache_ext.offload.tuning import Tuning, set_log_level
+from lmcache_ext.offload.tuning import Tuning
+from lmcache_ext.reload import set_log_level
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -79,6 +79,12 @@ class Reload:
         )
 
 
+def set_log_level(config: Config) -> None:
+    """Of everything under ``vllm.lmcache_ext``; that of vLLM's own loggers where none is written."""
+    written = config.origin("log_level").kind != "default"
+    logging.getLogger("vllm.lmcache_ext").setLevel(config.live.log_level if written else logging.NOTSET)
+
+
 class ConfigWatcher:
     """Watches one file in a thread of its own.
 
@@ -89,7 +95,8 @@ class ConfigWatcher:
 
     `load` reads the configuration anew. `prepare(before, after)` does, in the watching thread, what may take
     long or fail (opening a store); its ConfigError makes the file invalid. `quiet` leaves the warnings to
-    another process that watches the same file.
+    another process that watches the same file, and has its own at level DEBUG. What the whole process has but once,
+    how much it logs, is changed here.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class ConfigWatcher:
         self._path = config.path
         self._load = load
         self._prepare = prepare
-        self._quiet = quiet
+        self._level = logging.DEBUG if quiet else logging.WARNING
         self._interval_s = interval_s
         self._settle_s = settle_s
         self._lock = threading.Lock()
@@ -207,15 +214,15 @@ class ConfigWatcher:
         with self._lock:
             self._counts[outcome] += 1
             self._status = replace(self._status, refusal=refusal, whole=False)
-        if not self._quiet:
-            logger.warning(
-                "LMCache configuration %d %s: %s [file=%s outcome=%s]",
-                self.status.generation,
-                "changes in part" if outcome == "partly" else "stays as it is",
-                "; ".join(reasons),
-                refusal.digest,
-                outcome,
-            )
+        logger.log(
+            self._level,
+            "LMCache configuration %d %s: %s [file=%s outcome=%s]",
+            self.status.generation,
+            "changes in part" if outcome == "partly" else "stays as it is",
+            "; ".join(reasons),
+            refusal.digest,
+            outcome,
+        )
 
     def _accept(self, digest: str, after: Config, changes: Sequence[str], prepared: object, *, whole: bool) -> None:
         with self._lock:
@@ -228,7 +235,9 @@ class ConfigWatcher:
                 self._reloads.put(Reload(before.config, after, status, tuple(changes), prepared))
             if changes and whole:
                 self._counts["applied"] += 1
-        if changes or not whole or self._quiet:
+        if after.live.log_level != before.config.live.log_level:
+            set_log_level(after)
+        if changes or not whole or self._level == logging.DEBUG:
             return
         if not before.digest:
             logger.info("LMCache configuration 1 is in effect [file=%s generation=1]", status.digest)

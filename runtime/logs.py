@@ -8,14 +8,20 @@ import logging
 from kserve.logging import KSERVE_LOG_CONFIG, configure_logging
 from vllm.logging_utils import UvicornAccessLogFilter
 
+from lmcache_ext.reload import set_log_level
 from runtime.args import Settings
 
 PROBE_PATHS = ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready")  # one line every few seconds each
 
 
 def configure(settings: Settings) -> None:
-    """Apply the flags on logging; without --disable-access-log-for-endpoints, probes leave no access lines."""
+    """Apply the flags on logging, and the cache's `log_level`, which its watcher then keeps to the file.
+
+    Without --disable-access-log-for-endpoints, probes leave no access lines.
+    """
     own, engine = settings.kserve, settings.engine
+    if settings.cache is not None:
+        set_log_level(settings.cache)
     if own.configure_logging:
         configure_logging(own.log_config_file or _default_config())
     logging.getLogger("uvicorn").setLevel(engine.uvicorn_log_level.replace("trace", "debug").upper())

@@ -36,7 +36,7 @@ ARROWS = {
     "stores": {"wire", "namespace", "frame", "config", "errors"},
     "daemons": {"stores", "wire", "namespace", "frame", "config", "errors"},
     "offload": {"stores", "serde", "ops", "wire", "namespace", "frame", "host_memory", "reload", "config", "errors"},
-    "connector": {"offload", "namespace", "frame", "config", "errors"},
+    "connector": {"offload", "reload", "namespace", "frame", "config", "errors"},
     "plugin": {"offload", "config", "errors"},
     "manifests": {"config", "errors"},
     "doctor": {"stores", "config", "errors"},  # asks backends as a server would, through their stores

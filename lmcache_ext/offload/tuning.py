@@ -7,7 +7,6 @@ requests takes no steps: it applies a change when the next request comes, before
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,19 +28,13 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.lmcache_ext.offload.tuning")
 
 
-def set_log_level(config: Config) -> None:
-    """Of everything under ``vllm.lmcache_ext``; that of vLLM's own loggers where none is written."""
-    written = config.origin("log_level").kind != "default"
-    logging.getLogger("vllm.lmcache_ext").setLevel(config.live.log_level if written else logging.NOTSET)
-
-
 class Tuning:
     """The live part as one connector knows it: `live` is what counts now.
 
     Threads:  all methods in the connector's thread. Owner: of the watching thread, until `close`.
     Failure:  `load` raising ConfigError is the watcher's to refuse; what `tick` raises is a bug.
 
-    `scheduler` is None in a worker, which has nothing to change but how much it logs.
+    `scheduler` is None in a worker, which has nothing to change but how much it logs (the watcher does that).
     """
 
     def __init__(
@@ -100,8 +93,6 @@ class Tuning:
 
     def _apply(self, found: Reload) -> None:
         before, self.live = self.live, found.after.live
-        if self.live.log_level != before.log_level:
-            set_log_level(found.after)
         manager = self._manager
         if manager is None:
             return

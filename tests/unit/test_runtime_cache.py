@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -156,3 +157,35 @@ class TestIsGiven:
         served = Served(path)
         assert served.get().status_code == 401
         assert served.get(authorization="Bearer secret").status_code == 200
+
+
+class TestLogLevel:
+    """Of the cache's code in the server's own process, as in the engine's."""
+
+    @pytest.fixture
+    def logger(self):
+        logger = logging.getLogger("vllm.lmcache_ext")
+        yield logger
+        logger.setLevel(logging.NOTSET)
+
+    def test_follows_the_file_and_stays_with_one_that_is_not_valid(self, path, logger):
+        served = Served(path)
+        served.look()
+        levels = []
+        for text in ("log_level: DEBUG\n", "log_level: LOUD\n", "log_level: ERROR\n", "chunk_size: 256\n"):
+            path.write_text(text)
+            served.look()
+            levels.append(logger.level)
+        assert levels == [logging.DEBUG, logging.DEBUG, logging.ERROR, logging.NOTSET]
+
+    def test_debug_shows_what_else_is_left_to_the_engine_to_say(self, path, logger, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+        served = Served(path)
+        for level in ("INFO", "DEBUG"):
+            path.write_text(f"log_level: {level}\n")
+            served.look()
+            path.write_text(f"log_level: {level}\nmin_retrieve_tokens: perhaps-{level}\n")
+            served.look()
+        said = "\n".join(caplog.messages)
+        assert "perhaps-DEBUG" in said
+        assert "perhaps-INFO" not in said

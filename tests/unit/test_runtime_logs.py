@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lmcache_ext.config import Config, load_config
 from runtime import logs
 
 
@@ -24,11 +25,11 @@ def access_logger():
     logger.filters[:] = before
 
 
-def configure(endpoints: str | None) -> None:
+def configure(endpoints: str | None, cache: Config | None = None) -> None:
     engine = Namespace(
         disable_uvicorn_access_log=False, disable_access_log_for_endpoints=endpoints, uvicorn_log_level="info"
     )
-    logs.configure(SimpleNamespace(kserve=Namespace(configure_logging=False), engine=engine))
+    logs.configure(SimpleNamespace(kserve=Namespace(configure_logging=False), engine=engine, cache=cache))
 
 
 def test_probes_leave_no_access_lines(access_logger):
@@ -42,3 +43,14 @@ def test_the_users_list_replaces_ours(access_logger):
     configure("/v1/models, /metrics")
     assert access_logger.filter(record("/v2/health/ready"))
     assert not access_logger.filter(record("/v1/models"))
+
+
+def test_the_caches_log_level_counts_in_the_servers_process_too(tmp_path, access_logger):
+    path = tmp_path / "lmcache_config.yaml"
+    path.write_text("log_level: WARNING\n")
+    logger = logging.getLogger("vllm.lmcache_ext")
+    try:
+        configure(None, load_config(path=str(path), environ={}))
+        assert logger.level == logging.WARNING
+    finally:
+        logger.setLevel(logging.NOTSET)
