@@ -113,6 +113,15 @@ def _tiers(facts: Facts) -> Iterator[Finding]:
             yield Finding("note", what, "raise its limit if prefixes return later than they are evicted")
 
 
+def _tenants(facts: Facts) -> Iterator[Finding]:
+    quotas = facts.by("lmcache_ext:tenant_quota_bytes", "tenant")
+    for name, what in (("evicted", "made way for newer ones of its own"), ("rejected", "were not kept")):
+        for (tenant,), count in facts.by(f"lmcache_ext:tenant_{name}_chunks_total", "tenant").items():
+            quota = f", which is {gib(quotas[(tenant,)])}" if (tenant,) in quotas else ""
+            way_out = "raise it in extra_config.quotas if its prefixes come back later than that"
+            yield Finding("note", f"tenant {tenant}: {count:.0f} chunks {what}, for its quota{quota}", way_out)
+
+
 def _losses(facts: Facts) -> Iterator[Finding]:
     for (tier, cause), count in facts.by("lmcache_ext:dropped_chunks_total", "tier", "cause").items():
         yield Finding("note", f"{tier}: {count:.0f} chunks were not written: {cause}")
@@ -144,5 +153,6 @@ JUDGES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _hash,
     _traffic,
     _tiers,
+    _tenants,
     _losses,
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_offload.base import OffloadKey, make_offload_key
 
+from lmcache_ext.config_quotas import tenant_of_salt
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.recent import Recent
@@ -41,6 +42,8 @@ TEXTS = {
     "tier off": "tokens from {first_missing_token} on were not found, while the circuit breaker of {names} is open: "
     "it answers nothing until its store is back",
     "slow": "tokens from {first_missing_token} on were not found: {names} did not answer within lookup_timeout_ms",
+    "over quota": "tokens from {first_missing_token} on were not found: the quota of {tenant} in host memory holds "
+    "{quota_chunks} chunks of {chunk_tokens} tokens, and its own newer ones made it full; see extra_config.quotas",
     "evicted": "tokens from {first_missing_token} on were stored by this server before and are gone: evicted, expired, "
     "or not written to a far tier; see its capacity and lmcache_ext:dropped_chunks",
     "frozen": "tokens from {first_missing_token} on were not found, and freeze is true: what is new is not stored",
@@ -63,6 +66,7 @@ class Explainer:
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self._manager.stored = Recent()
+        self._manager.host.tenants.lost = Recent()
         self._server = {
             "namespace": namespace,
             "components": {name: _shortened(text) for name, text in components.items()},
@@ -117,11 +121,22 @@ class Explainer:
             names = [name for name, said in verdicts.items() if said == verdict]
             if names:
                 return reason, names
+        if key is not None and self._is_over_quota(request, key, facts):
+            return "over quota", []
         if key is not None and self._manager.stored is not None and key in self._manager.stored:
             return "evicted", []
         if live.freeze:
             return "frozen", []
         return ("differs" if first else "apart" if self._is_known_apart(request) else "new"), []
+
+    def _is_over_quota(self, request: Request, key: OffloadKey, facts: dict[str, Any]) -> bool:
+        """Whether a quota has cost the request's tenant this chunk; adds whose it is, and how much, to the facts."""
+        tenants, tenant = self._manager.host.tenants, tenant_of_salt(request.cache_salt)
+        quota = tenants.quota(tenant)
+        if quota is None or tenants.lost is None or key not in tenants.lost:
+            return False
+        facts |= {"tenant": quota.name, "quota_bytes": quota.host_bytes, "quota_chunks": tenants.limit(tenant)}
+        return True
 
     def _is_known_apart(self, request: Request) -> bool:
         """Whether the first chunk's tokens came before, kept apart from this request by nothing but its key."""

@@ -45,7 +45,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._withheld: list[int] = []
         self.holdings: Holdings | None = None
         """Where somebody wants to know, what is here."""
-        self._tenants = Tenants()
+        self.tenants = Tenants()
         self._quotas: tuple[Quota, ...] = ()
         self.prepare_write = self._prepare_promotion  # vLLM's name for it
 
@@ -88,12 +88,12 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         for quota in quotas:
             if 0 < quota.host_bytes < self.row_bytes:
                 logger.warning("quotas: %s holds no chunk, which takes %d bytes", quota, self.row_bytes)
-        self._tenants.set_quotas(quotas, self.row_bytes, resident(self._policy))
+        self.tenants.set_quotas(quotas, self.row_bytes, resident(self._policy))
         self.settle()
 
     def settle(self) -> None:
         """Withhold rows above the limit, as far as nothing pins them; give back those below it."""
-        if self._tenants.over:
+        if self.tenants.over:
             self._trim()
         if self._num_chunks == self._limit:
             return
@@ -135,7 +135,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
 
     def _forget(self, keys: Collection[OffloadKey]) -> None:
         """Chunks that were here are not any more."""
-        self._tenants.discharge(keys)
+        self.tenants.discharge(keys)
         if self.holdings is not None:
             self.holdings.remove(keys)
 
@@ -143,25 +143,25 @@ class HostTier(CPUPrimaryTierOffloadingManager):
 
     def _trim(self) -> None:
         """Bring tenants down to their quotas, as far as nothing pins their chunks."""
-        for tenant in list(self._tenants.over):
-            self._evict_of(tenant, self._tenants.excess(tenant), set())
-            if not self._tenants.excess(tenant):
-                self._tenants.over.discard(tenant)
+        for tenant in list(self.tenants.over):
+            self._evict_of(tenant, self.tenants.excess(tenant), set())
+            if not self.tenants.excess(tenant):
+                self.tenants.over.discard(tenant)
 
     def _evict_of(self, tenant: str, num_rows: int, protected: set[OffloadKey]) -> int:
         """Evict up to `num_rows` chunks of a tenant; returns how many."""
         if num_rows <= 0:
             return 0
-        num_evicted = self._drop(evict_among(self._policy, self._tenants.held(tenant), num_rows, protected))
-        self._tenants.count_evicted(tenant, num_evicted)
-        return num_evicted
+        evicted = evict_among(self._policy, self.tenants.held(tenant), num_rows, protected)
+        self.tenants.count_evicted(tenant, [key for key, _ in evicted])
+        return self._drop(evicted)
 
     def _within_quota(
         self, keys: Collection[OffloadKey], req_context: ReqContext, tenant: str, limit: int
     ) -> Collection[OffloadKey]:
         """`keys` less what its tenant may not add; evicts older chunks of it, but none of the same request."""
         new = [key for key in keys if self._policy.get(key) is None]
-        lacking = self._tenants.num_held(tenant) + len(new) - limit
+        lacking = self.tenants.num_held(tenant) + len(new) - limit
         if not new or lacking <= 0:
             return keys
         protected = self._get_request_cache_access(req_context).seen_keys.union(keys)
@@ -171,22 +171,22 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         position = req_context.get_offload_key_position
         new.sort(key=lambda key: position(key) or 0)  # the head of a prompt is worth something without its tail
         refused = set(new[max(0, len(new) - lacking) :])
-        self._tenants.count_rejected(tenant, len(refused))
+        self.tenants.count_rejected(tenant, refused)
         return [key for key in keys if key not in refused]
 
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         self.settle()  # first: else a row above the limit that has just become free would be taken again
         tenant = tenant_of(req_context)
-        if (limit := self._tenants.limit(tenant)) is not None:
+        if (limit := self.tenants.limit(tenant)) is not None:
             keys = self._within_quota(keys, req_context, tenant, limit)
         planned: PrepareStoreOutput | None = super().prepare_store(keys, req_context)
         if planned is None:
             return None
         if planned.evicted_keys:
             self._forget(planned.evicted_keys)
-        if self._tenants.counts(tenant):
-            self._tenants.charge(tenant, planned.keys_to_store)
+        if self.tenants.counts(tenant):
+            self.tenants.charge(tenant, planned.keys_to_store)
         return planned
 
     def _prepare_promotion(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
@@ -200,7 +200,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         new = [] if holdings is None else [key for key in keys if self._is_pending(key)]
         super().complete_store(keys, req_context, success)
         if not success:
-            self._tenants.discharge([key for key in keys if self._policy.get(key) is None])
+            self.tenants.discharge([key for key in keys if self._policy.get(key) is None])
         if holdings is not None and new:
             chunks = [(key, self._policy.get(key).chunk_id) for key in new]
             holdings.add(chunks, adapter_of(req_context))
@@ -213,7 +213,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
     def get_stats(self) -> OffloadingConnectorStats | None:
         stats = super().get_stats()
         if stats is not None:
-            self._tenants.count_into(stats)
+            self.tenants.count_into(stats)
         return stats
 
     @override
@@ -221,6 +221,6 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         super().reset_cache()
         if self.holdings is not None:
             self.holdings.clear()
-        self._tenants.clear()
+        self.tenants.clear()
         self._num_chunks = self._limit  # rows are numbered anew from 0
         self._withheld = list(range(self._limit, self.num_reserved))

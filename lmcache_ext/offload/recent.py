@@ -1,4 +1,4 @@
-"""Which chunks were stored lately: what tells an eviction from a chunk that was never there."""
+"""Of which chunks something happened lately: what tells an eviction from a chunk that was never there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_KEYS = 65536
 
 
 class Recent:
-    """Keys that were stored lately, the oldest forgotten first."""
+    """Keys that were added lately, the oldest forgotten first."""
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:
         self._max_keys = max_keys
@@ -23,6 +23,10 @@ class Recent:
             self._keys.move_to_end(key)
         while len(self._keys) > self._max_keys:
             self._keys.popitem(last=False)
+
+    def discard(self, keys: Iterable[OffloadKey]) -> None:
+        for key in keys:
+            self._keys.pop(key, None)
 
     def __contains__(self, key: OffloadKey) -> bool:
         return key in self._keys

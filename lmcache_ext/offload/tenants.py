@@ -16,6 +16,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 
 from lmcache_ext.config_quotas import OTHERS, UNSALTED, Quota, tenant_of_salt
 from lmcache_ext.offload import metrics
+from lmcache_ext.offload.recent import Recent
 
 TENANT_PARAM = "lmcache_ext.tenant"
 """Key in a request's ``kv_transfer_params``: hex SHA-256 of its salt; absent without one."""
@@ -47,6 +48,8 @@ class Tenants:
 
     def __init__(self) -> None:
         self.over: set[str] = set()
+        self.lost: Recent | None = None
+        """Where somebody wants to know, the keys that quotas have cost lately."""
         self._owners: dict[OffloadKey, str] = {}
         self._held: dict[str, dict[OffloadKey, None]] = {}  # in the order of insertion
         self._quotas: dict[str, Quota] = {}
@@ -70,9 +73,13 @@ class Tenants:
             self.discharge(list(self._held.get(UNSALTED, ())))
         self.over = {tenant for tenant in self._held if self.excess(tenant) > 0}
 
+    def quota(self, tenant: str) -> Quota | None:
+        """What limits it."""
+        return self._quotas.get(tenant) or self._quotas.get(OTHERS)
+
     def limit(self, tenant: str) -> int | None:
         """How many rows it may hold; None where nothing limits it."""
-        quota = self._quotas.get(tenant) or self._quotas.get(OTHERS)
+        quota = self.quota(tenant)
         return None if quota is None else quota.host_bytes // self._row_bytes
 
     def excess(self, tenant: str) -> int:
@@ -99,6 +106,8 @@ class Tenants:
             return
         self._owners.update(dict.fromkeys(keys, tenant))
         self._held.setdefault(tenant, {}).update(dict.fromkeys(keys))
+        if self.lost is not None:
+            self.lost.discard(keys)
 
     def discharge(self, keys: Iterable[OffloadKey]) -> None:
         """These rows are free again, or whose they are is not asked any more."""
@@ -121,15 +130,19 @@ class Tenants:
 
     # -- statistics ------------------------------------------------------------------------------
 
-    def count_evicted(self, tenant: str, num_chunks: int) -> None:
+    def count_evicted(self, tenant: str, keys: Collection[OffloadKey]) -> None:
         """Chunks that left because their owner had too many."""
-        if (name := self._name(tenant)) is not None:
-            self._evicted[name] += num_chunks
+        self._count(self._evicted, tenant, keys)
 
-    def count_rejected(self, tenant: str, num_chunks: int) -> None:
+    def count_rejected(self, tenant: str, keys: Collection[OffloadKey]) -> None:
         """Chunks that were not taken in because their owner had too many."""
-        if (name := self._name(tenant)) is not None:
-            self._rejected[name] += num_chunks
+        self._count(self._rejected, tenant, keys)
+
+    def _count(self, counts: Counter[str], tenant: str, keys: Collection[OffloadKey]) -> None:
+        if (quota := self.quota(tenant)) is not None:
+            counts[quota.name] += len(keys)
+        if self.lost is not None:
+            self.lost.add(keys)
 
     def count_into(self, stats: OffloadingConnectorStats) -> None:
         """Add what happened since the last call, and what is held now."""
@@ -151,7 +164,3 @@ class Tenants:
     def _gauge(self, stats: OffloadingConnectorStats, name: str, quota_bytes: float, charged_bytes: int) -> None:
         stats.set_gauge(metrics.TENANT_QUOTA_BYTES, quota_bytes, (_TIER, name))
         stats.set_gauge(metrics.TENANT_CHARGED_BYTES, charged_bytes, (_TIER, name))
-
-    def _name(self, tenant: str) -> str | None:
-        quota = self._quotas.get(tenant) or self._quotas.get(OTHERS)
-        return None if quota is None else quota.name

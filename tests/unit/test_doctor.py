@@ -129,6 +129,14 @@ class TestNote:
         dropped = 'lmcache_ext:dropped_chunks_total{tier="disk",cause="StoreFull"} 3\n'
         assert notes(metrics=HEALTHY + dropped) == ["disk: 3 chunks were not written: StoreFull"]
 
+    def test_tenant_that_its_quota_has_cost_chunks(self):
+        labels = '{tier="host",tenant="team-a"}'
+        metrics = f"lmcache_ext:tenant_quota_bytes{labels} 2097152\nlmcache_ext:tenant_evicted_chunks_total{labels} 7\n"
+        (note,) = notes(metrics=HEALTHY + metrics)
+        assert note == "tenant team-a: 7 chunks made way for newer ones of its own, for its quota, which is 2.0 MiB"
+        (note,) = notes(metrics=HEALTHY + f"lmcache_ext:tenant_rejected_chunks_total{labels} 3\n")
+        assert note == "tenant team-a: 3 chunks were not kept, for its quota"
+
     def test_request_with_a_salt(self):
         (note,) = notes(explain_status=200, explanation=TOLD | {"salted": True})
         assert note == "this request has a cache_salt, which is part of every key"

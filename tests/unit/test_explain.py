@@ -11,11 +11,13 @@ from vllm.v1.request import RequestStatus
 from lmcache_ext.errors import StoreUnavailable
 from lmcache_ext.offload.explain import ANSWER, ASK, ENABLED, TEXTS
 from lmcache_ext.offload.recent import Recent
+from tests.unit.connector_engine import PAGE
 from tests.unit.test_connector import PROMPT, Engine, vllm_config  # noqa: F401  a fixture
 from tests.unit.test_tier import key
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the copier of hosts without a GPU")
 
+ROW_BYTES = 4 * PAGE  # two blocks of two layers
 BLOCKS = [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -48,6 +50,12 @@ def make(vllm_config, tmp_path):  # noqa: F811
     yield build
     for engine in made:
         engine.close()
+
+
+def limited(make, rows):
+    """An engine without a disk, where a tenant may hold so many rows of host memory."""
+    quotas = {"*": {"host": f"{rows * ROW_BYTES}B", "name": "everybody"}}
+    return make(local_disk=None, extra_config={"quotas": quotas})
 
 
 @pytest.fixture
@@ -102,6 +110,30 @@ class TestReason:
         told = warm.ask()
         assert (told["reason"], told["first_missing_token"]) == ("evicted", 0)
 
+    @pytest.mark.parametrize(("rows", "first"), [(0, 0), (1, 32)])
+    def test_chunks_that_a_quota_did_not_let_in(self, make, rows, first):
+        engine = limited(make, rows)
+        engine.compute("first", BLOCKS)
+        told = engine.ask()
+        assert (told["reason"], told["first_missing_token"]) == ("over quota", first)
+        assert (told["tenant"], told["quota_chunks"], told["quota_bytes"]) == ("everybody", rows, rows * ROW_BYTES)
+        assert f"the quota of everybody in host memory holds {rows} chunks of 32 tokens" in told["text"]
+
+    def test_chunks_that_made_way_for_newer_ones_of_the_same_tenant(self, make):
+        engine = limited(make, 3)
+        engine.compute("first", BLOCKS)
+        engine.compute("second", BLOCKS, [7] * 100)
+        assert engine.ask()["reason"] == "over quota"
+        assert engine.ask([7] * 100)["reason"] == "all"
+
+    def test_chunks_that_a_quota_has_cost_once_and_that_were_lost_otherwise_since(self, make):
+        engine = limited(make, 3)
+        engine.compute("first", BLOCKS)
+        engine.compute("second", BLOCKS, [7] * 100)
+        engine.compute("first again", BLOCKS)
+        engine.scheduler.reset_cache()
+        assert engine.ask()["reason"] == "evicted"
+
     def test_fewer_tokens_than_are_worth_it(self, make, warm):
         told = make(min_retrieve_tokens=97).ask()
         assert (told["reason"], told["cache_tokens"], told["min_retrieve_tokens"]) == ("too few", 96, 97)
@@ -148,6 +180,7 @@ class TestReason:
 
     def test_of_every_kind_has_a_text(self):
         facts = {"prompt_tokens": 1, "chunk_tokens": 2, "gpu_tokens": 3, "cache_tokens": 4, "min_retrieve_tokens": 5}
+        facts |= {"tenant": "team", "quota_chunks": 7}
         for text in TEXTS.values():
             assert text.format(first_missing_token=6, names="disk", marks="cache_salt", **facts)
 

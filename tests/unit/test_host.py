@@ -51,7 +51,7 @@ class Host(HostTier):
         rows = [*self.rows_in_use(), *self._free_list, *fresh, *self._withheld]
         assert sorted(rows) == list(range(NUM_ROWS))
         assert self._num_chunks + len(self._withheld) == NUM_ROWS
-        assert self._tenants._owners.keys() <= set(resident(self._policy))
+        assert self.tenants._owners.keys() <= set(resident(self._policy))
 
 
 def build_host(policy="lru", module=None, **options):

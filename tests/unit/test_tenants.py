@@ -57,7 +57,7 @@ class Tenant:
 
     @property
     def held(self):
-        return self.host._tenants.num_held(self.id)
+        return self.host.tenants.num_held(self.id)
 
 
 def quota(name: str, rows: int, *, label: str | None = None) -> Quota:
@@ -217,7 +217,7 @@ class TestChange:
         host.complete_load([key(11), key(12), key(13)], req)
         host.settle()
         assert noisy.held == 1
-        assert not host._tenants.over
+        assert not host.tenants.over
 
     def test_to_more_lets_more_in(self, host, noisy):
         host.set_quotas((quota("noisy", 1),))
@@ -231,7 +231,7 @@ class TestChange:
         Tenant(host, None).write(1)
         host.set_quotas(())
         assert len(noisy.write(*range(11, 17))) == 6
-        assert host._tenants.num_held(UNSALTED) == 0  # nobody asks
+        assert host.tenants.num_held(UNSALTED) == 0  # nobody asks
 
     def test_of_the_capacity_and_of_quotas_together(self, host, noisy, quiet):
         noisy.write(11, 12, 13, 14)
@@ -259,7 +259,7 @@ def test_a_reset_charges_nobody(host, noisy):
 
 def test_an_engine_without_quotas_and_salts_counts_nothing(host):
     Tenant(host, None).write(*range(NUM_ROWS))
-    assert not host._tenants._owners
+    assert not host.tenants._owners
     assert not any("tenant" in name for name in host.get_stats()._values)
 
 
@@ -356,8 +356,8 @@ class Sharing(RuleBasedStateMachine):
     def settle(self):
         self.host.settle()
         for tenant in self.tenants:
-            chunks = [self.host._policy.get(k) for k in self.host._tenants.held(tenant.id)]
-            assert not self.host._tenants.excess(tenant.id) or all(chunk.ref_cnt != 0 for chunk in chunks)
+            chunks = [self.host._policy.get(k) for k in self.host.tenants.held(tenant.id)]
+            assert not self.host.tenants.excess(tenant.id) or all(chunk.ref_cnt != 0 for chunk in chunks)
 
     @invariant()
     def every_row_is_in_one_place_and_what_is_pinned_is_there(self):
@@ -372,7 +372,7 @@ class Sharing(RuleBasedStateMachine):
     @invariant()
     def nobody_holds_more_than_its_quota_unless_it_waits_for_the_next_step(self):
         for tenant in getattr(self, "tenants", ()):
-            assert not self.host._tenants.excess(tenant.id) or tenant.id in self.host._tenants.over
+            assert not self.host.tenants.excess(tenant.id) or tenant.id in self.host.tenants.over
 
     def ready(self, *, exclude):
         return {who: tenant.has(*self.stored[who]) for who, tenant in enumerate(self.tenants) if who != exclude}
@@ -386,7 +386,7 @@ class Sharing(RuleBasedStateMachine):
             self.host.complete_store([key(i) for i in ids], req)
         self.host.settle()
         for tenant in self.tenants:
-            limit = self.host._tenants.limit(tenant.id)
+            limit = self.host.tenants.limit(tenant.id)
             assert limit is None or tenant.held <= limit
         self.host.check()
         self.host.shutdown()

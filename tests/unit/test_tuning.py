@@ -174,7 +174,7 @@ class TestQuotas:
             self.salted(engine, f"flood {i}", salt, [i] * 100)
 
     def held(self, engine, salt):
-        return engine.host._tenants.num_held(tenant_of_salt(salt))
+        return engine.host.tenants.num_held(tenant_of_salt(salt))
 
     def test_a_flood_by_one_tenant_leaves_the_prefix_of_another(self, engine):
         engine.tune(f"extra_config: {{quotas: {{noisy: {6 * engine.row_bytes}B}}}}\n")
