@@ -15,6 +15,14 @@ SIZE = "    max_local_cpu_size: 2.0\n"
 MODEL = "    model:\n      modelFormat:\n        name: huggingface\n      args:\n"
 RUN_BY = "---\n" + RUNTIME
 TEST_KEY = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # printf test | sha256sum
+PEER_SETTINGS = """\
+    enable_controller: true
+    controller_pull_url: controller:8300
+    controller_reply_url: controller:8400
+    enable_p2p: true
+    p2p_init_ports: 8200
+"""
+PEERS = ENGINE.partition("---\n")[0] + PEER_SETTINGS  # for engines that are elsewhere
 COMPLETE = ENGINE.replace("    model:\n", "    model:\n      runtime: lmcache-vllm\n") + RUN_BY
 
 TRAPS = [
@@ -236,6 +244,15 @@ TRAPS = [
         "setting-no-effect",
         ENGINE,
         ((SIZE, SIZE + "    §use_layerwise: true\n    extra_config:\n      §ping_timeout: 3\n"),),
+        None,
+    ),
+    Trap("setting-of-pods", PEERS, (("enable_p2p", "§enable_p2p"),), None),
+    Trap("setting-value", PEERS, (("enable_p2p", "§enable_p2p"), ("    p2p_init_ports: 8200\n", "")), None),
+    Trap("setting-value", PEERS, (("p2p_init_ports: 8200", "p2p_init_ports: §-1"),), None),
+    Trap(
+        "setting-value",
+        ENGINE,
+        ((SIZE, SIZE + PEER_SETTINGS.replace("enable_p2p", "§enable_p2p")),),
         None,
     ),
     Trap(

@@ -11,7 +11,7 @@ from lmcache_ext.config_sources import shown
 from lmcache_ext.config_urls import directories
 from lmcache_ext.errors import ConfigError, ManifestError
 from lmcache_ext.manifests.bundle import Bundle
-from lmcache_ext.manifests.caches import OF_THE_POD
+from lmcache_ext.manifests.caches import OF_THE_POD, caches
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Edits, Node, remove, rename, replace
 from lmcache_ext.manifests.pods import pods
@@ -87,7 +87,12 @@ def _bad_value(pair: Node) -> Found | None:
 
 
 def _of_pods(bundle: Bundle) -> dict[str, str]:
-    """The address that no file can have, as each pod has its own, where pods are given it by a variable."""
+    """The address that no file can have, as each pod has its own.
+
+    Where engines are in sight it is known whether they are given it by a variable; else some are thought to be.
+    """
+    if not caches(bundle):
+        return OF_THE_POD
     names = {name for pod in pods(bundle) for container in pod.containers for name in container.env}
     return {name: value for name, value in OF_THE_POD.items() if name in names}
 
@@ -103,6 +108,15 @@ def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
         pairs = (*node.pairs_at("extra_config"), *node.pairs())  # inner ones first: on one line both may begin
         at = next((pair for pair in pairs if pair.raw.start_mark.line + 1 == line), node)
         yield Found(at, message, way_out)
+
+
+def _of_no_pod(bundle: Bundle) -> Iterator[Found]:
+    for document in () if caches(bundle) else bundle.settings:
+        peer = document.node.at("enable_p2p")
+        if peer is not None and peer.text.lower() == "true" and document.node.at("p2p_host") is None:
+            message = "no p2p_host, and no engine is given here that could have it from a variable"
+            fix = "give each LMCACHE_P2P_HOST, on Kubernetes from status.podIP; check its manifest together with this"
+            yield Found(peer, message, fix)
 
 
 def _without_effect(bundle: Bundle) -> Iterator[Found]:
@@ -134,6 +148,7 @@ RULES = (
     Rule("setting-unknown", "error", "the start ends at a setting that nobody knows, as it could be a typo", _unknown),
     Rule("setting-old", "warning", "LMCache of today does not know the name and ignores it with a warning", _old),
     Rule("setting-value", "error", "the start ends at a value that cannot be honoured", _values),
+    Rule("setting-of-pods", "note", "an address is each engine's own, and one file is read by all", _of_no_pod),
     Rule(
         "setting-no-effect",
         "note",
