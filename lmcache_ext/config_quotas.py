@@ -28,6 +28,11 @@ _PREFIX = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
 _SHOWN_DIGITS = 8
 _OPTIONS = ("host", "name")
+# A chunk is known there by a hash; who shares the place writes and evicts it too, and no engine sees all of that.
+_OF_ALL = {
+    "disk": "max_local_disk_size is the limit of all tenants there",
+    "remote": "its server has the limit of all tenants there",
+}
 _FORM = 'write a size, such as 500Mi, or {"host": "500Mi", "name": "team-a"}'
 
 
@@ -101,6 +106,9 @@ def _quota(place: int, key: str, written: object) -> Quota:
         if key.startswith(_PREFIX) and not _DIGEST.fullmatch(key):
             raise ValueError("is no SHA-256 of 64 digits: printf %s SALT | sha256sum gives one")
         options = written if isinstance(written, Mapping) else {"host": written}
+        if (far := set(options) & _OF_ALL.keys()) and set(options) <= {*_OPTIONS, *_OF_ALL}:
+            tier = min(far)
+            raise ValueError(f"has a limit for {tier}, where nothing says whose a chunk is: {_OF_ALL[tier]}")
         if "host" not in options or not set(options) <= set(_OPTIONS):
             raise ValueError(f"is no quota: {_FORM}")
         host_bytes = _size(options["host"])

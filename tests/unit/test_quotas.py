@@ -70,6 +70,15 @@ class TestRefuses:
             ("{%s: 2Gx}", f"tenant 1, {NAME}, has '2Gx', which is not a size"),
             ('{"*": 1, %s: -1}', f"tenant 2, {NAME}, has -1, which is not a size"),
             ("{%s: {host: many}}", f"{NAME}, has 'many', which is not a size"),
+            (
+                "{%s: {host: 1, disk: 2}}",
+                "has a limit for disk, where nothing says whose a chunk is: max_local_disk_size is the limit of all",
+            ),
+            (
+                "{%s: {remote: 2}}",
+                "has a limit for remote, where nothing says whose a chunk is: its server has the limit",
+            ),
+            ("{%s: {host: 1, disc: 2}}", "is no quota: write a size, such as 500Mi"),
             ("{%s: {hots: 1}}", "is no quota: write a size, such as 500Mi"),
             ("{%s: {name: a}}", "is no quota"),
             ("{%s: [1, 2]}", "is no quota"),
