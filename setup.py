@@ -37,7 +37,7 @@ setup(
         library("pages", ("pages.h", "stream.h")),
         library("pages_fp8", ("device.h", "e4m3.h", "elements.h", "pages.h", "pages_fp8.h", "stream.h")),
         library("lossless", ("isa.h", "rans.h", "rans_model.h")),
-        library("fixed", ("device.h", "e4m3.h", "elements.h", "fixed.h", "isa.h")),
+        library("fixed", ("device.h", "e4m3.h", "elements.h", "fixed.h", "isa.h", "kivi.h")),
         library("cachegen", ("cachegen.h", "device.h", "elements.h", "isa.h", "models.h", "rans.h", "rans_model.h")),
     ]
 )

@@ -133,7 +133,7 @@ def _groups(keys: bool, x: Floats) -> Iterator[Floats]:
 def _encode_group(x: Floats, bits: int) -> bytes:
     levels = np.float32((1 << bits) - 1)
     ends = np.array([x.min(), x.max() / levels - x.min() / levels], dtype=np.float32)
-    stored = to_bfloat16(ends)
+    stored = to_bfloat16(ends + np.float32(0))  # -0 becomes 0
     zero, width = from_bfloat16(stored)
     inverse = np.float32(1) / width if width > 2.0**-120 else np.float32(0)
     with np.errstate(over="ignore", invalid="ignore"):

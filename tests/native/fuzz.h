@@ -18,7 +18,7 @@ namespace fuzz {
 using Bytes = std::vector<uint8_t>;
 using Random = std::mt19937_64;
 
-// A layout whose elements are shuffled within their cells.
+// A layout whose elements are shuffled within their cells, or lie in runs.
 struct Scene {
   std::vector<int64_t> cells;
   std::vector<int32_t> k_index, v_index;
@@ -29,12 +29,16 @@ struct Scene {
     layout = {0, nullptr, nullptr, nullptr, static_cast<int32_t>(random() % 3), below(2), below(most_heads),
               below(most_blocks), below(most_tokens), below(most_dim), below(most_dim)};
     const int64_t bytes = layout.dtype == kvx::kFloat32 ? 4 : 2;
+    const bool shuffled = random() % 2;
+    for (int32_t* dim : {&layout.k_dim, &layout.v_dim}) {
+      if (!shuffled) *dim = static_cast<int32_t>((*dim + kvx::kRun - 1) / kvx::kRun * kvx::kRun);
+    }
     k_index.resize(static_cast<size_t>(layout.tokens * layout.k_dim));
     v_index.resize(static_cast<size_t>(layout.tokens * layout.v_dim));
     int32_t next = 0;
     for (auto* index : {&k_index, &v_index}) {
       for (int32_t& place : *index) place = next++;
-      std::shuffle(index->begin(), index->end(), random);
+      if (shuffled) std::shuffle(index->begin(), index->end(), random);
     }
     for (int64_t i = 0; i < kvx::num_cells(layout); ++i) cells.push_back(i * next * bytes);
     layout.row_bytes = static_cast<int64_t>(cells.size()) * next * bytes;

@@ -14,19 +14,27 @@ from lmcache_ext.errors import BadPayload, LengthMismatch, UnsupportedVersion
 from lmcache_ext.ops import fixed, fixed_numpy
 from lmcache_ext.ops.layout import DTYPES, ELEMENT_BYTES, Layout
 
+RUN = 16  # kRun in csrc/elements.h
+
 if not fixed.available():
     pytest.skip("no compiler was there when the package was installed", allow_module_level=True)
 
 
 @st.composite
 def layouts(draw, *, aligned=False) -> Layout:
-    """Cells in any order with gaps between them, elements of a cell in any order; addresses are odd unless aligned."""
+    """Cells in any order with gaps between them; addresses are odd unless aligned.
+
+    Elements of a cell are in any order: each by itself, or in runs of RUN as those of most pages are.
+    """
     dtype = draw(st.sampled_from(DTYPES))
-    tokens, k_dim, v_dim = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    run = draw(st.sampled_from((1, RUN)))
+    dims = st.integers(1, 40 if run == 1 else 5).map(lambda runs: runs * run)
+    tokens, k_dim, v_dim = draw(st.integers(1, 40)), draw(dims), draw(dims)
     shape = draw(st.tuples(*[st.integers(1, 2)] * 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    room = tokens * (k_dim + v_dim) + draw(st.integers(0, 3))
-    places = rng.permutation(room)[: tokens * (k_dim + v_dim)].astype(np.int32)
+    room = tokens * (k_dim + v_dim) + run * draw(st.integers(0, 3))
+    runs = rng.permutation(room // run)[: tokens * (k_dim + v_dim) // run].astype(np.int32)
+    places = (runs[:, None] * run + np.arange(run, dtype=np.int32)).reshape(-1)
     cell_bytes = room * ELEMENT_BYTES[dtype] + (0 if aligned else draw(st.integers(0, 3)))
     cells = rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.int64) * cell_bytes
     k_index, v_index = places[: tokens * k_dim].reshape(tokens, k_dim), places[tokens * k_dim :].reshape(tokens, v_dim)
@@ -90,6 +98,16 @@ def test_any_payload_of_the_right_length_decodes_within_the_elements(layout, sch
     twin = bytearray(before)
     fixed_numpy.decode(layout, scheme, payload, twin)
     assert decoded(layout, scheme, payload, before) == bytes(twin)
+
+
+@pytest.mark.parametrize("scheme", ["kivi4", "kivi2"])
+def test_zeros_of_both_signs_are_one_number(scheme):
+    layout = plain_layout("float32", tokens=32, dim=32, layers=1)
+    zeros = np.where(np.random.default_rng(0).random(layout.row_bytes // 4) < 0.5, 0.0, -0.0).astype("<f4")
+    expected = fixed_numpy.encode(layout, scheme, bytes(layout.row_bytes))
+    assert fixed_numpy.encode(layout, scheme, zeros.tobytes()) == expected
+    for isa in fixed.instruction_sets():
+        assert bytes(fixed.encode(layout, scheme, memoryview(zeros.tobytes()), isa)) == expected
 
 
 # worst error of an element, as a share of the largest of its scale's neighbours

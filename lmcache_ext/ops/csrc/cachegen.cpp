@@ -25,19 +25,17 @@ using namespace kvx::cachegen;
 
 // ---- one head: x is (tokens, dim)
 
-void load_head(const Part& part, int64_t head, const uint8_t* row, float* x) {
-  const int64_t elements = part.layout->tokens * part.dim;
+void load_head(const Part& part, const Index& index, int64_t head, const uint8_t* row, float* x) {
   for (int64_t block = 0; block < part.layout->blocks; ++block) {
     const uint8_t* cell = row + part.cells[head * part.layout->blocks + block];
-    load_plane(*part.layout, cell, part.index, elements, x + block * elements);
+    load_plane(*part.layout, cell, index, x + block * index.count);
   }
 }
 
-void store_head(const Part& part, int64_t head, const float* x, uint8_t* row) {
-  const int64_t elements = part.layout->tokens * part.dim;
+void store_head(const Part& part, const Index& index, int64_t head, const float* x, uint8_t* row) {
   for (int64_t block = 0; block < part.layout->blocks; ++block) {
     uint8_t* cell = row + part.cells[head * part.layout->blocks + block];
-    store_plane(*part.layout, cell, part.index, elements, x + block * elements);
+    store_plane(*part.layout, cell, index, x + block * index.count);
   }
 }
 
@@ -86,6 +84,7 @@ Line predict(int32_t* q, int64_t tokens) {
 }
 
 struct Encoder {
+  Index index;  // of the part
   std::vector<float> x, mean, square;
   std::vector<int32_t> q;  // (dim, tokens) of a head
   std::vector<Line> lines;
@@ -146,7 +145,7 @@ int64_t symbols_of(const int32_t* residuals, int64_t tokens, int32_t reach, uint
 // Adds one head's symbols to the state; returns its step.
 float encode_head(const Part& part, int64_t head, const uint8_t* row, float bins, Encoder* state) {
   const int64_t tokens = part.tokens();
-  load_head(part, head, row, state->x.data());
+  load_head(part, state->index, head, row, state->x.data());
   const float spread = deviation(state->x.data(), tokens, part.dim, state->mean.data(), state->square.data());
   const float step = step_of(spread, bins);
   quantise_head(state->x.data(), tokens, part.dim, inverse_of(step), state->q.data());
@@ -223,6 +222,7 @@ int64_t encode_part(const Part& part, const uint8_t* row, float bins, Encoder* s
 // ---- decoding
 
 struct Decoder {
+  Index index;  // of the part
   std::vector<float> x;
   std::vector<int32_t> q;  // (dim, tokens) of a head
   std::vector<uint8_t> symbols;
@@ -312,7 +312,7 @@ bool decode_heads(const Part& part, int32_t which, const uint8_t* body, const ui
       if (!decode_line(state->symbols.data(), tokens, kind[d], mean, escapes, escapes_end, q)) return false;
     }
     restore_head(state->q.data(), tokens, part.dim, tame(load<float>(body + 4 * head)), state->x.data());
-    store_head(part, head, state->x.data(), row);
+    store_head(part, state->index, head, state->x.data(), row);
   }
   return rans::at_end(reader);
 }
@@ -356,6 +356,7 @@ int64_t encode_row(const kvx_layout& layout, const float* bins, const uint8_t* r
   uint8_t* body = out + directory_end(layout);
   for (int64_t i = 0; i < 2 * layout.layers; ++i) {
     const Part part = part_of(layout, stream_heads(layout), i);
+    state.index = index_of(layout, i % 2 == 0);
     const int64_t bytes = encode_part<isa>(part, row, bins[i], &state, body, out + out_bytes);
     if (bytes < 0) return bytes;
     store(out + kHeaderBytes + 4 * i, static_cast<uint32_t>(bytes));
@@ -378,6 +379,7 @@ int64_t decode_row(const kvx_layout& layout, const uint8_t* coded, int64_t coded
   for (int64_t i = 0; i < 2 * layout.layers; ++i) {
     const int64_t bytes = load<uint32_t>(coded + kHeaderBytes + 4 * i);
     const Part part = part_of(layout, static_cast<int32_t>(heads), i);
+    state.index = index_of(layout, i % 2 == 0);
     if (!decode_part(part, body, bytes, isa, &state, row)) return kBadBody;
     body += bytes;
   }

@@ -120,36 +120,65 @@ KVX_DEVICE void store_element(const kvx_layout& layout, uint8_t* cell, int64_t i
   }
 }
 
-// out[0, count) from the elements that `index` names, as float32.
-inline void load_plane(const kvx_layout& layout, const uint8_t* cell, const int32_t* index, int64_t count, float* out) {
-  switch (layout.dtype) {
-    case kFloat32:
-      for (int64_t i = 0; i < count; ++i) out[i] = tame(load<float>(cell + 4 * static_cast<int64_t>(index[i])));
-      break;
-    case kFloat16:
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = tame(from_float16(load<uint16_t>(cell + 2 * static_cast<int64_t>(index[i]))));
-      }
-      break;
-    default:
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = tame(from_bfloat16(load<uint16_t>(cell + 2 * static_cast<int64_t>(index[i]))));
-      }
+constexpr int64_t kRun = 16;
+
+// Which elements of a cell are its keys, or its values: (tokens, dim).
+struct Index {
+  const int32_t* at;
+  int64_t count;
+  bool in_runs;  // whether each kRun of them lie behind each other: read as vectors then
+};
+
+inline Index index_of(const kvx_layout& layout, bool keys) {
+  const int32_t* const at = keys ? layout.k_index : layout.v_index;
+  const int64_t count = static_cast<int64_t>(layout.tokens) * (keys ? layout.k_dim : layout.v_dim);
+  int32_t away = 0;
+  for (int64_t first = 0; first + kRun <= count; first += kRun) {
+    for (int32_t i = 0; i < kRun; ++i) away |= at[first + i] - at[first] - i;
+  }
+  return {at, count, count % kRun == 0 && away == 0};
+}
+
+template <typename T, typename Convert>
+void load_each(const uint8_t* cell, const Index& index, const Convert& convert, float* out) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  if (!index.in_runs) {
+    for (int64_t i = 0; i < index.count; ++i) out[i] = tame(convert(load<T>(cell + kBytes * index.at[i])));
+    return;
+  }
+  for (int64_t first = 0; first < index.count; first += kRun) {
+    T run[kRun];
+    std::memcpy(run, cell + kBytes * index.at[first], sizeof(run));
+    for (int64_t i = 0; i < kRun; ++i) out[first + i] = tame(convert(run[i]));
   }
 }
 
-// The elements that `index` names from in[0, count), rounded to the row's dtype.
-inline void store_plane(const kvx_layout& layout, uint8_t* cell, const int32_t* index, int64_t count, const float* in) {
-  switch (layout.dtype) {
-    case kFloat32:
-      for (int64_t i = 0; i < count; ++i) store(cell + 4 * static_cast<int64_t>(index[i]), in[i]);
-      break;
-    case kFloat16:
-      for (int64_t i = 0; i < count; ++i) store(cell + 2 * static_cast<int64_t>(index[i]), to_float16(in[i]));
-      break;
-    default:
-      for (int64_t i = 0; i < count; ++i) store(cell + 2 * static_cast<int64_t>(index[i]), to_bfloat16(in[i]));
+template <typename T, typename Convert>
+void store_each(uint8_t* cell, const Index& index, const Convert& convert, const float* in) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  if (!index.in_runs) {
+    for (int64_t i = 0; i < index.count; ++i) store<T>(cell + kBytes * index.at[i], convert(in[i]));
+    return;
   }
+  for (int64_t first = 0; first < index.count; first += kRun) {
+    T run[kRun];
+    for (int64_t i = 0; i < kRun; ++i) run[i] = convert(in[first + i]);
+    std::memcpy(cell + kBytes * index.at[first], run, sizeof(run));
+  }
+}
+
+// The elements of a plane, as float32.
+inline void load_plane(const kvx_layout& layout, const uint8_t* cell, const Index& index, float* out) {
+  if (layout.dtype == kFloat32) return load_each<float>(cell, index, [](float x) { return x; }, out);
+  if (layout.dtype == kFloat16) return load_each<uint16_t>(cell, index, from_float16, out);
+  load_each<uint16_t>(cell, index, from_bfloat16, out);
+}
+
+// The same the other way, rounded to the row's dtype.
+inline void store_plane(const kvx_layout& layout, uint8_t* cell, const Index& index, const float* in) {
+  if (layout.dtype == kFloat32) return store_each<float>(cell, index, [](float x) { return x; }, in);
+  if (layout.dtype == kFloat16) return store_each<uint16_t>(cell, index, to_float16, in);
+  store_each<uint16_t>(cell, index, to_bfloat16, in);
 }
 
 inline float absmax(const float* x, int64_t count) {

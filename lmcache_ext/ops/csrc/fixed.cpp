@@ -9,6 +9,7 @@
 
 #include "fixed.h"
 #include "isa.h"
+#include "kivi.h"
 
 #define KVX_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -32,39 +33,18 @@ void decode_bytes(const uint8_t* in, int64_t count, float* x) {
   for (int64_t i = 0; i < count; ++i) x[i] = tame(from_code(scheme, in[4 + i]) * scale);
 }
 
-template <typename Work>
-void each_group(const Walk& walk, int bits, const Work& work) {
-  for (int64_t line = 0; line < walk.lines; ++line) {
-    for (int64_t i = 0; i < walk.groups_of_line(); ++i) work(group_of(walk, bits, line, i));
-  }
-}
-
-template <int bits>
-void encode_groups(const Walk& walk, const float* x, uint8_t* out) {
-  each_group(walk, bits, [&](const Group& group) {
-    encode_group<bits>(group.count, [&](int64_t i) { return x[group.first + i * group.stride]; }, out + group.at);
-  });
-}
-
-template <int bits>
-void decode_groups(const Walk& walk, const uint8_t* in, float* x) {
-  each_group(walk, bits, [&](const Group& group) {
-    decode_group<bits>(in + group.at, group.count, [&](int64_t i, float y) { x[group.first + i * group.stride] = y; });
-  });
-}
-
 void encode_plane(int32_t scheme, bool keys, int64_t tokens, int64_t dim, const float* x, uint8_t* out) {
   if (scheme == kFp8) return encode_bytes<kFp8>(x, tokens * dim, out);
   if (scheme == kInt8) return encode_bytes<kInt8>(x, tokens * dim, out);
-  if (scheme == kKivi4) return encode_groups<4>(walk_of(keys, tokens, dim), x, out);
-  encode_groups<2>(walk_of(keys, tokens, dim), x, out);
+  if (scheme == kKivi4) return encode_kivi<4>(keys, tokens, dim, x, out);
+  encode_kivi<2>(keys, tokens, dim, x, out);
 }
 
 void decode_plane(int32_t scheme, bool keys, int64_t tokens, int64_t dim, const uint8_t* in, float* x) {
   if (scheme == kFp8) return decode_bytes<kFp8>(in, tokens * dim, x);
   if (scheme == kInt8) return decode_bytes<kInt8>(in, tokens * dim, x);
-  if (scheme == kKivi4) return decode_groups<4>(walk_of(keys, tokens, dim), in, x);
-  decode_groups<2>(walk_of(keys, tokens, dim), in, x);
+  if (scheme == kKivi4) return decode_kivi<4>(keys, tokens, dim, in, x);
+  decode_kivi<2>(keys, tokens, dim, in, x);
 }
 
 std::unique_ptr<float, void (*)(void*)> scratch(const kvx_layout& layout) {
@@ -75,12 +55,11 @@ std::unique_ptr<float, void (*)(void*)> scratch(const kvx_layout& layout) {
 
 // Writes what follows the header.
 void encode_cells(const kvx_layout& layout, int32_t scheme, const uint8_t* row, float* x, uint8_t* out) {
+  const Index indices[] = {index_of(layout, true), index_of(layout, false)};
   for (int64_t cell = 0; cell < num_cells(layout); ++cell) {
     for (const bool keys : {true, false}) {
-      const int64_t dim = keys ? layout.k_dim : layout.v_dim;
-      const int32_t* index = keys ? layout.k_index : layout.v_index;
-      load_plane(layout, row + layout.cells[cell], index, layout.tokens * dim, x);
-      encode_plane(scheme, keys, layout.tokens, dim, x, out);
+      load_plane(layout, row + layout.cells[cell], indices[keys ? 0 : 1], x);
+      encode_plane(scheme, keys, layout.tokens, keys ? layout.k_dim : layout.v_dim, x, out);
       out += plane_bytes(layout, scheme, keys);
     }
   }
@@ -88,12 +67,11 @@ void encode_cells(const kvx_layout& layout, int32_t scheme, const uint8_t* row, 
 
 // Reads it.
 void decode_cells(const kvx_layout& layout, int32_t scheme, const uint8_t* coded, float* x, uint8_t* row) {
+  const Index indices[] = {index_of(layout, true), index_of(layout, false)};
   for (int64_t cell = 0; cell < num_cells(layout); ++cell) {
     for (const bool keys : {true, false}) {
-      const int64_t dim = keys ? layout.k_dim : layout.v_dim;
-      const int32_t* index = keys ? layout.k_index : layout.v_index;
-      decode_plane(scheme, keys, layout.tokens, dim, coded, x);
-      store_plane(layout, row + layout.cells[cell], index, layout.tokens * dim, x);
+      decode_plane(scheme, keys, layout.tokens, keys ? layout.k_dim : layout.v_dim, coded, x);
+      store_plane(layout, row + layout.cells[cell], indices[keys ? 0 : 1], x);
       coded += plane_bytes(layout, scheme, keys);
     }
   }

@@ -75,10 +75,30 @@ KVX_DEVICE Group group_of(const Walk& walk, int bits, int64_t line, int64_t in_l
   return {line * walk.line_stride + begin * walk.step_stride, walk.step_stride, count, at};
 }
 
+// What a group begins with: its least value and its step, in bfloat16.
+struct Ends {
+  uint16_t least;
+  uint16_t step;
+};
+
+// Sums with 0 turn -0 into 0, so that nobody has to say which of two zeros is less.
+template <int bits>
+KVX_DEVICE Ends ends_of(float least, float most) {
+  constexpr auto kLevels = static_cast<float>((1 << bits) - 1);
+  return {to_bfloat16(least + 0.0f), to_bfloat16(most / kLevels - least / kLevels + 0.0f)};
+}
+
+KVX_DEVICE float inverse_of(const Ends& ends) {
+  const float step = from_bfloat16(ends.step);
+  return step > 0x1p-120f ? 1.0f / step : 0.0f;
+}
+
 // The level of an element; what is no number where extremes overflow is 0.
-KVX_DEVICE uint32_t level_of(float x, float zero, float inverse, float levels) {
-  const float y = (x - zero) * inverse;
-  return static_cast<uint32_t>(round_even(y > 0.0f ? (y < levels ? y : levels) : 0.0f));
+template <int bits>
+KVX_DEVICE uint32_t level_of(float x, float least, float inverse) {
+  constexpr auto kLevels = static_cast<float>((1 << bits) - 1);
+  const float y = (x - least) * inverse;
+  return static_cast<uint32_t>(round_even(y > 0.0f ? (y < kLevels ? y : kLevels) : 0.0f));
 }
 
 // `get(i)` is element i of the group.
@@ -90,17 +110,14 @@ KVX_DEVICE void encode_group(int64_t count, const Get& get, uint8_t* out) {
     least = value < least ? value : least;
     most = value > most ? value : most;
   }
-  const auto levels = static_cast<float>((1 << bits) - 1);
-  const uint16_t base = to_bfloat16(least), step = to_bfloat16(most / levels - least / levels);
-  store(out, base);
-  store(out + 2, step);
-  const float zero = from_bfloat16(base), width = from_bfloat16(step);
-  const float inverse = width > 0x1p-120f ? 1.0f / width : 0.0f;
+  const Ends ends = ends_of<bits>(least, most);
+  store(out, ends);
+  const float zero = from_bfloat16(ends.least), inverse = inverse_of(ends);
   constexpr int64_t kOfByte = 8 / bits;
   for (int64_t i = 0; i < count; i += kOfByte) {
     uint32_t packed = 0;
     for (int64_t j = 0; j < kOfByte && i + j < count; ++j) {
-      packed |= level_of(get(i + j), zero, inverse, levels) << j * bits;
+      packed |= level_of<bits>(get(i + j), zero, inverse) << j * bits;
     }
     out[4 + i / kOfByte] = static_cast<uint8_t>(packed);
   }
@@ -109,11 +126,11 @@ KVX_DEVICE void encode_group(int64_t count, const Get& get, uint8_t* out) {
 // Calls put(i, x) for the elements of the group.
 template <int bits, typename Put>
 KVX_DEVICE void decode_group(const uint8_t* in, int64_t count, const Put& put) {
-  const float zero = tame(from_bfloat16(load<uint16_t>(in)));
-  const float width = tame(from_bfloat16(load<uint16_t>(in + 2)));
+  const auto ends = load<Ends>(in);
+  const float least = tame(from_bfloat16(ends.least)), step = tame(from_bfloat16(ends.step));
   for (int64_t i = 0; i < count; ++i) {
     const int level = in[4 + i * bits / 8] >> i * bits % 8 & ((1 << bits) - 1);
-    put(i, tame(zero + static_cast<float>(level) * width));
+    put(i, tame(least + static_cast<float>(level) * step));
   }
 }
 
