@@ -38,6 +38,7 @@ logger = logging.getLogger("lmcache_ext.daemons.controller")
 REFUSED = 2
 HEARTBEAT_S = 10.0
 SWEEP_S = 1.0
+MAX_SAID = 256
 
 
 class Controller:
@@ -61,6 +62,7 @@ class Controller:
         self._sweep_s = sweep_s
         self._api = Api(self)
         self._open: set[Link] = set()
+        self._said: set[str] = set()
         self._listeners: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
         self._started_at = time.monotonic()
@@ -104,6 +106,15 @@ class Controller:
 
     def done(self, event: str, num_chunks: int) -> None:
         self._api.done(event, num_chunks)
+
+    def say_once(self, text: str) -> None:
+        """A warning in the log, and not again: who speaks another protocol comes ten times a second."""
+        if text in self._said:
+            return
+        if len(self._said) >= MAX_SAID:
+            self._said.clear()
+        self._said.add(text)
+        logger.warning("%s", text)
 
     def metrics(self) -> str:
         """All numbers in Prometheus' text format."""

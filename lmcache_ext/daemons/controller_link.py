@@ -40,6 +40,7 @@ class Hub(Protocol):
     def new_session(self) -> str: ...
     def attached(self, session: str, link: Link) -> None: ...
     def done(self, event: str, num_chunks: int) -> None: ...
+    def say_once(self, text: str) -> None: ...
 
     @property
     def heartbeat_s(self) -> float: ...
@@ -107,7 +108,7 @@ class Link:
                     return False
         except WireError as error:
             self._hub.counters["malformed"] += 1
-            logger.info("%s: closed: %s", self._ip, error)
+            self._hub.say_once(f"{self._ip}: closed: {error}")
             self._writer.write(wire.encode({"error": str(error)[:200], "code": "malformed"}))
             return False
         return True

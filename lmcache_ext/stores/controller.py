@@ -15,6 +15,7 @@ from typing import Any
 from lmcache_ext.errors import StoreRefused, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.wire import controller as wire
+from lmcache_ext.wire.stream import WireError
 
 READ_BYTES = 64 * 1024
 
@@ -43,7 +44,7 @@ class ControllerLink:
     Threads:  one at a time.
     Order:    an answer belongs to the question before it; one that comes later than its deadline is dropped.
     Owner:    of its socket, until `close`, which may be called twice.
-    Failure:  StoreTimeout, StoreUnavailable (WireError and StoreRefused are such); the link is of no use afterwards.
+    Failure:  StoreTimeout, StoreUnavailable (StoreRefused is one); the link is of no use afterwards.
     """
 
     def __init__(self, door: Door) -> None:
@@ -92,7 +93,7 @@ class ControllerLink:
             poll.register(self._socket(), select.POLLIN)
             while poll.poll(0):
                 self._read(time.monotonic() + self._door.timeout_s)
-                while (message := self._decoder.head()) is not None:
+                while (message := self._head()) is not None:
                     self.told.append(message)
         except OSError as error:
             raise StoreUnavailable(f"controller {self._door.address}: {error}") from error
@@ -113,9 +114,15 @@ class ControllerLink:
         return self._sock
 
     def _receive(self, deadline: float) -> wire.Message:
-        while (message := self._decoder.head()) is None:
+        while (message := self._head()) is None:
             self._read(deadline)
         return message
+
+    def _head(self) -> wire.Message | None:
+        try:
+            return self._decoder.head()
+        except WireError as error:
+            raise StoreUnavailable(f"controller {self._door.address}: {error}") from error
 
     def _read(self, deadline: float) -> None:
         self._socket().settimeout(_left(deadline))

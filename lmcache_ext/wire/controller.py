@@ -18,6 +18,8 @@ from lmcache_ext.wire.stream import Decoder, WireError
 
 VERSION = 1
 MAGIC = b"KVCC"
+ZEROMQ = b"\xff\x00\x00\x00\x00\x00\x00"
+"""What a ZeroMQ socket begins with, before it has read anything: then a length, which is small, and the byte 0x7F."""
 
 _HEAD = struct.Struct("<4sBBHI")
 HEAD_BYTES = _HEAD.size
@@ -68,10 +70,12 @@ class MessageDecoder(Decoder[Message]):
 
     @override
     def _parse(self, buffer: bytearray) -> tuple[Message, int, int] | None:
+        if not MAGIC.startswith(buffer[: len(MAGIC)]):  # at once: who speaks another protocol may wait for an answer
+            raise WireError(_what_came(buffer))
         if len(buffer) < HEAD_BYTES:
             return None
         magic, version, zero, field_bytes, body_bytes = _HEAD.unpack_from(buffer)
-        if magic != MAGIC or version != VERSION or zero:
+        if version != VERSION or zero:
             raise WireError(f"read magic {magic!r} and version {version}, expected {MAGIC!r} and {VERSION}")
         if body_bytes > MAX_BODY_BYTES:
             raise WireError(f"read a body of {body_bytes} bytes, at most {MAX_BODY_BYTES} are sent")
@@ -80,6 +84,12 @@ class MessageDecoder(Decoder[Message]):
             return None
         fields = _fields(bytes(buffer[HEAD_BYTES:end]))
         return Message(fields, bytes(buffer[end : end + body_bytes])), end + body_bytes, 0
+
+
+def _what_came(begin: bytearray) -> str:
+    if begin.startswith(ZEROMQ[: len(begin)]):
+        return "read ZeroMQ's greeting: LMCache's workers and controllers speak it, and no engine or controller here"
+    return f"read {bytes(begin[: len(MAGIC)])!r}, expected {MAGIC!r}"
 
 
 def _fields(text: bytes) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import zmq
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.base import ReqContext
@@ -186,6 +188,13 @@ class TestTelling:
         controller.start()
         until(in_step(controller, 2), "all is known again")
         assert [line.split()[0] for line in said] == ["Registered", "controller", "Registered"]
+
+    def test_the_controller_of_lmcache_is_told_apart(self, join, said):
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as theirs:
+            address = f"127.0.0.1:{theirs.bind_to_random_port('tcp://127.0.0.1')}"
+            join(SimpleNamespace(url=lambda _: address))
+            until(lambda: said, "it is noticed")
+        assert said[0].startswith(f"controller {address}: read ZeroMQ's greeting: LMCache's workers and controller")
 
     def test_a_lost_message_is_repaired_by_the_next_heartbeat(self, controller, join):
         announcer = join(controller, heartbeat_s=0.1, heartbeat_delay_s=0.0)

@@ -13,6 +13,7 @@ import threading
 
 import httpx
 import pytest
+import zmq
 
 from lmcache_ext.daemons.controller_args import parse
 from lmcache_ext.wire import controller as wire
@@ -28,6 +29,8 @@ CBOR = {
     "tokens_per_hash": 4,
     "hashes_per_chunk": 2,
 }
+
+LMCACHE_SPEAKS = "read ZeroMQ's greeting: LMCache's workers and controllers speak it, and no engine or controller here"
 
 
 @pytest.fixture
@@ -285,6 +288,21 @@ def test_a_message_that_makes_no_sense_is_answered_and_the_next_one_understood(c
     assert answer["re"] == 7
     assert "error" in answer or answer["ok"] is False
     assert talker.say("heartbeat", session="nobody")["ok"] is False
+
+
+def test_a_worker_of_lmcache_is_told_apart_at_once_and_named_once(controller, caplog):
+    """It sends ten bytes and waits for an answer; closed, it comes back ten times a second."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as worker:
+        worker.linger = 0
+        watch = worker.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        worker.connect(f"tcp://{controller.url('reply')}")
+        worker.send(b"register")
+        for _ in range(3):
+            assert watch.poll(5000), "the connection stays open"
+            watch.recv_multipart()
+        worker.disable_monitor()
+    said = [record.message for record in caplog.records]
+    assert said == [f"127.0.0.1: closed: {LMCACHE_SPEAKS}"]
 
 
 def test_bytes_that_are_no_message_end_their_connection_and_no_other(controller):
