@@ -243,6 +243,7 @@ def _append_lines(node: Node, column: int, value: object) -> Edits:
     dumped = str(yaml.safe_dump(value, sort_keys=False, width=2**31)).rstrip("\n")
     text = "".join(f"\n{' ' * column}{line}" for line in dumped.split("\n"))
     at = _line_end(node.window, _end(node))
+    at -= node.window.text[at - 1 : at] == "\r"
     return node.window.edit(at, at, text)
 
 

@@ -122,12 +122,16 @@ class Window:
 
 
 def apply(text: str, edits: Iterable[Edit]) -> str:
-    """``text`` with all edits made; of two that overlap the first stays, an edit given twice is made once."""
+    """``text`` with all edits made; of two that overlap the first stays, an edit given twice is made once.
+
+    New lines end as those of the text do.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
     free_from = 0
     parts = []
     for edit in sorted(set(edits)):
         if edit.start < free_from:
             continue
-        parts += [text[free_from : edit.start], edit.text]
+        parts += [text[free_from : edit.start], newline.join(edit.text.replace("\r\n", "\n").split("\n"))]
         free_from = edit.end
     return "".join(parts) + text[free_from:]

@@ -3,8 +3,10 @@
 import io
 import json
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +14,12 @@ from lmcache_ext.cli import main
 from lmcache_ext.manifests.check import check, mend
 from lmcache_ext.manifests.rules import RULES
 from lmcache_ext.manifests.text import File
-from tests.traps import EMPTY_DIR, ENGINE, RUNTIME, SENTINEL, STORES, VALUES, Trap, failures, spring
+from tests.traps import EMPTY_DIR, ENGINE, RUNTIME, SENTINEL, STORES, VALUES, Trap, changed, failures, spring
 from tests.traps import checked as check_text
 from tests.unit.test_check_engine import TRAPS
 from tests.unit.test_check_stores import HELM_TRAPS, STORE_TRAPS
 
+DATA = Path(__file__).parents[1] / "data"
 GOOD = "chunk_size: 256\n"
 BAD = "chunk_size: 250\nlocal_cpu: true\n"
 REQUEST = '{"model": "m", "prompt": "Hello there"}\n'
@@ -255,6 +258,25 @@ def test_a_number_in_a_secret_is_not_shown():
 def test_windows_line_ends_are_no_obstacle():
     result = check_text(ENGINE.replace("sizeLimit: 3Gi", "sizeLimit: 1Gi").replace("\n", "\r\n"))
     assert failures(result) == [("shm-small", 49, 22)]
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["unix", "windows"])
+def test_fixing_twice_is_fixing_once_and_loses_nothing_but_what_is_wrong(path, newline):
+    text = path.read_text().replace("\n", newline)
+    fixed = mended(path.name, text)
+    assert mended(path.name, fixed) == fixed
+    assert re.findall(r"#.*", fixed) == re.findall(r"#.*", text)
+    assert re.findall(r"\r?\n", fixed) == [newline] * fixed.count("\n")
+
+
+def test_fixing_keeps_what_nobody_knows():
+    text = changed(ENGINE, (("sizeLimit: 3Gi", "sizeLimit: 1Gi  # kept\n          x-ours: [1, two]"),))
+    assert mended("x.yaml", text) == text.replace("sizeLimit: 1Gi", "sizeLimit: 3Gi")
+
+
+def mended(name: str, text: str) -> str:
+    return next((file.text for file in mend([File(name, text)]).fixed), text)
 
 
 def test_rules_are_listed(capsys):
