@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -187,8 +188,8 @@ class ConfigWatcher:
         """SHA-256 of the file, or why it cannot be read."""
         assert self._path is not None
         try:
-            with open(self._path, "rb") as file:
-                return hashlib.sha256(file.read(MAX_FILE_BYTES + 1)).hexdigest()
+            with open(self._path, "rb", opener=_without_waiting) as file:
+                return hashlib.sha256(file.read(MAX_FILE_BYTES + 1) or b"").hexdigest()
         except OSError as error:
             return f"unreadable: {error.strerror}"
 
@@ -243,6 +244,11 @@ class ConfigWatcher:
             logger.info("LMCache configuration 1 is in effect [file=%s generation=1]", status.digest)
         elif not before.whole:
             logger.info("LMCache configuration %d: the file agrees with it again", generation)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe in its place has nobody who ever writes."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _short(digest: str) -> str:

@@ -186,6 +186,23 @@ class TestTakes:
         assert watched.status.generation == 1
         assert not watched.status.whole
 
+    @pytest.mark.parametrize(
+        ("put", "why"),
+        [
+            (lambda path: os.mkfifo(path), "is not a regular file"),
+            (lambda path: path.mkdir(), "is a directory"),
+            (lambda path: path.symlink_to("/nowhere/lmcache_config.yaml"), "no such file"),
+            (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+            (lambda path: path.write_bytes(b"#" * (2 << 20)), "is larger than 1048576 bytes"),
+        ],
+    )
+    def test_nothing_of_what_is_put_in_its_place_and_cannot_be_read(self, watched, put, why):
+        watched.path.unlink()
+        put(watched.path)
+        assert watched.settle() is None
+        assert watched.status.config == watched.config
+        assert why in watched.status.refusal.reasons[0]
+
     def test_a_bad_file_is_told_once(self, watched, caplog):
         watched.write("freeze: maybe\n")
         for _ in range(5):
