@@ -38,6 +38,8 @@ Manifest = dict[str, Any]
 # Of this machine's root, in place of the image's; of /etc only what programs need to run, so no user has a name.
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/opt", "/sys")
 ETC = ("alternatives", "hosts", "ld.so.cache", "localtime", "nsswitch.conf", "resolv.conf", "ssl")
+# A probe from within the pod, where nothing else reaches it; urllib takes any 4xx or 5xx for an error.
+GET = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))"
 VARIABLE = re.compile(r"\$\((\w+)\)")
 
 
@@ -242,6 +244,8 @@ class Pod:
             return self.run(*probe["exec"]["command"], timeout_s=timeout_s) is not None
         port = probe["httpGet"]["port"]
         url = f"http://127.0.0.1:{self.ports.get(port, port)}{probe['httpGet']['path']}"
+        if self._network is not None:
+            return self.run("python", "-c", GET, url, str(timeout_s), timeout_s=timeout_s + 5) is not None
         try:
             with urllib.request.urlopen(url, timeout=timeout_s) as answer:
                 return 200 <= answer.status < 400
