@@ -20,6 +20,7 @@ CONFIG, EXPLAIN = "/lmcache/v1/config", "/lmcache/v1/explain"
 Sample = tuple[Mapping[str, str], float]
 
 _SERIES = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
+_DECLARED = re.compile(r"^# TYPE (\S+) ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -98,8 +99,8 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def parse_metrics(text: str) -> dict[str, list[Sample]]:
-    """Prometheus' text format: name -> samples."""
-    found: dict[str, list[Sample]] = {}
+    """Prometheus' text format: name -> samples, of which a metric has none before its first event."""
+    found: dict[str, list[Sample]] = {name: [] for name in _DECLARED.findall(text)}
     for line in text.splitlines():
         matched = None if line.startswith("#") else _SERIES.match(line)
         if matched is not None:

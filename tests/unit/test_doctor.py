@@ -59,6 +59,13 @@ class TestOwnPrefixCache:
         assert "2304 tokens were vLLM's own" in said(findings(facts(metrics=HEALTHY + self.OWN)), "ok")[2]
 
 
+class TestFreshServer:
+    def test_whose_metrics_have_no_samples_yet_has_its_cache_on(self):
+        metrics = "# HELP lmcache_ext:cache_active 1.\n# TYPE lmcache_ext:cache_active gauge\n"
+        assert problems(metrics=metrics) == []
+        assert notes(metrics=metrics) == ["no request has been looked up since the start"]
+
+
 class TestProblem:
     def test_no_metrics(self):
         assert problems(metrics="", config={}) == ["there is no /metrics"]
