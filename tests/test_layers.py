@@ -79,6 +79,7 @@ MAY_CATCH_EVERYTHING = {
     "lmcache_ext/reload.py": "top of the watching thread",
     "lmcache_ext/offload/hooks.py": "around every hook vLLM calls, on behalf of the connector",
     "lmcache_ext/offload/copier.py": "top of the copying thread",
+    "lmcache_ext/offload/lookups.py": "top of the lookups' thread: nobody else answers those who wait",
     "lmcache_ext/offload/tier.py": "top of each tier job: one that never reports pins its rows",
     "lmcache_ext/stores/infinistore.py": "InfiniStore's client raises bare Exception for whatever fails",
     "lmcache_ext/stores/jobs.py": "top of the pool's threads",

@@ -179,10 +179,7 @@ class StoredTier(SecondaryTierManager):
         """What is known here of a chunk: has, miss, slow (asked, no answer), off (its breaker is open), not asked."""
         if self.store.is_open(READ):
             return "off"
-        state = self._backing.lookups._lookup_state.get(key)
-        if state is None:
-            return "not asked"
-        return {True: "has", False: "miss", None: "slow"}[state.result]
+        return self._backing.lookups.verdict(key)
 
     def is_overdue(self, key: OffloadKey) -> bool:
         """Whether the chunk is being fetched for longer than anybody should wait."""

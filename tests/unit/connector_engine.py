@@ -22,6 +22,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from lmcache_ext.connector import LMCacheConnectorV1
+from tests.unit.answers import await_answers
 
 BLOCK, NUM_BLOCKS, PAGE, CHUNK = 16, 32, 4096, 32
 LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
@@ -107,9 +108,7 @@ class Engine:
             self.step()
             for tier in self.scheduler.scheduler.manager.secondary_tiers:
                 assert tier._pool.drain(WAIT_S)
-                lookups = tier._backing.lookups
-                if any(state.phase.name == "IN_FLIGHT" for state in lookups._lookup_state.values()):
-                    lookups._pending_results.put(lookups._pending_results.get(timeout=WAIT_S))
+                await_answers(tier)
         raise AssertionError("never answered")
 
     def begin_load(self, request, blocks):

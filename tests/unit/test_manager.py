@@ -13,6 +13,7 @@ from lmcache_ext.config_quotas import UNSALTED, Quota
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
+from tests.unit.answers import await_answers
 from tests.unit.test_tier import NAMESPACE, STEP, Bench, key
 
 NUM_ROWS, ROW_BYTES = 8, 4096
@@ -67,20 +68,18 @@ class Machine:
         result = self.manager.lookup(wanted, req)
         if result is LookupResult.RETRY:
             self.manager.on_schedule_end(STEP)
-            answers = self.bench.tier._backing.lookups._pending_results
-            answers.put(answers.get(timeout=10.0))
+            await_answers(self.bench.tier)
             result = self.manager.lookup(wanted, req)
         return result
 
     def find(self, keys, req_id):
         """How many chunks a whole prompt finds, in the end."""
-        req, lookups = self.request(req_id), self.bench.tier._backing.lookups
+        req = self.request(req_id)
         for _ in range(10):
             if (found := self.manager.lookup_prefix(keys, req)) is not None:
                 return found
             self.step()
-            if any(state.phase.name == "IN_FLIGHT" for state in lookups._lookup_state.values()):
-                lookups._pending_results.put(lookups._pending_results.get(timeout=10.0))
+            await_answers(self.bench.tier)
         raise AssertionError("never answered")
 
     def pinned(self):

@@ -19,6 +19,7 @@ from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import READ, WRITE, Guarded
 from lmcache_ext.stores.jobs import JobPool
+from tests.unit.answers import await_answers
 
 NAMESPACE = bytes(range(16))
 NUM_ROWS, ROW_BYTES = 32, 4096
@@ -109,8 +110,7 @@ class Bench:
     def settle_lookups(self):
         """End the step, and wait for the lookup thread's answer to it."""
         self.tier.on_schedule_end(STEP)
-        answers = self.tier._backing.lookups._pending_results
-        answers.put(answers.get(timeout=WAIT_S))
+        await_answers(self.tier)
 
     def look(self, wanted, req=None):
         """The final answer for a key."""

@@ -18,6 +18,7 @@ from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
+from tests.unit.answers import await_answers
 from tests.unit.test_tier import NAMESPACE, STEP, Bench, key
 
 NUM_ROWS, ROW_BYTES = 16, 4096
@@ -73,9 +74,7 @@ class Machine:
                 return found
             self.manager.on_schedule_end(STEP)
             for bench in (self.disk, self.remote):
-                lookups = bench.tier._backing.lookups
-                if any(state.result is None for state in lookups._lookup_state.values()):
-                    lookups._pending_results.put(lookups._pending_results.get(timeout=10.0))
+                await_answers(bench.tier)
         return LookupResult.RETRY
 
     def close(self):
