@@ -24,7 +24,6 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     ScheduleEndContext,
 )
-from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from vllm.v1.kv_offload.tiering.manager import (
     JobMetadata,
@@ -192,20 +191,18 @@ class BoundedTieringManager(TieringOffloadingManager):
     def _fetch(self, place: int, keys: list[OffloadKey], req_context: ReqContext) -> int:
         """vLLM's `_initiate_promotion` for several chunks at once: as many of the first as there are rows for."""
         fitting = keys[: self.host.num_available]
-        written = self.primary_tier.prepare_write(fitting, req_context) if fitting else None
-        if len(fitting) < len(keys) or written is None:
+        taken, rows = self.host.take_in(fitting, req_context)  # fewer, where a quota leaves room for no more
+        if len(fitting) < len(keys) or not taken:
             self._metrics.on_promotion_allocation_failure()
-        if written is None:
+        if not taken:
             return 0
-        rows = written.store_spec
-        assert isinstance(rows, CPULoadStoreSpec)
         source = self._stored_tiers[place].cache_hit_source
-        taken = written.keys_to_store  # the head of `fitting`, where a quota leaves room for no more
         self._request_load_sources.setdefault(req_context.req_id, {}).update(dict.fromkeys(taken, source))
         pending = self._pending_load_submissions.setdefault(place, {})
-        entry = pending.setdefault(req_context.req_id, PendingPromotion(req_context))
+        if (entry := pending.get(req_context.req_id)) is None:
+            entry = pending[req_context.req_id] = PendingPromotion(req_context)
         entry.keys.extend(taken)
-        entry.chunk_ids.extend(rows.chunk_ids)
+        entry.chunk_ids.extend(rows)
         return len(taken)
 
     @override

@@ -146,9 +146,9 @@ class TestFull:
 
     def test_refuses_the_promotion_of_a_chunk_that_it_may_not_hold(self, host, noisy):
         host.set_quotas((quota("noisy", 0),))
-        assert host.prepare_write([key(11)], noisy.request()) is None
+        assert host.take_in([key(11)], noisy.request()) == ([], [])
         host.set_quotas((quota("noisy", 1),))
-        assert host.prepare_write([key(11)], noisy.request()).keys_to_store == [key(11)]
+        assert host.take_in([key(11)], noisy.request())[0] == [key(11)]
         host.complete_write([key(11)], noisy.request())
 
     def test_of_nothing_keeps_nothing(self, host, noisy, quiet):
