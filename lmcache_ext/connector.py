@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
@@ -17,7 +17,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -37,7 +36,9 @@ from lmcache_ext.offload.explain import Explainer
 from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.manager import BoundedTieringManager
+from lmcache_ext.offload.messages import NOTHING_TO_DO, LMCacheConnectorMetadata, LMCacheWorkerMetadata
 from lmcache_ext.offload.prefix import PrefixLookup
+from lmcache_ext.offload.quiet import QuietSteps
 from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tenants import label_tenant
@@ -75,31 +76,6 @@ class _Deferred:
     progress: int
 
 
-@dataclass
-class LMCacheConnectorMetadata(OffloadingConnectorMetadata):
-    """Scheduler to workers, each step."""
-
-    failed_loads: set[str] = field(default_factory=set)
-    """Requests waiting for a load that will not come: every worker reports it as failed."""
-    idle: bool = False
-    """Nothing is computed in this step."""
-
-
-@dataclass
-class LMCacheWorkerMetadata(OffloadingWorkerMetadata):
-    """Workers to scheduler, each step."""
-
-    failed_jobs: set[int] = field(default_factory=set)
-    """Completed jobs whose bytes were not copied."""
-
-    @override
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> LMCacheWorkerMetadata:
-        merged = super().aggregate(other)
-        assert isinstance(merged, OffloadingWorkerMetadata)
-        failed = self.failed_jobs | getattr(other, "failed_jobs", set())
-        return LMCacheWorkerMetadata(merged.completed_jobs, merged.transfer_stats, failed)
-
-
 class LMCacheConnectorV1(OffloadingConnector):
     """See the module's docstring. One instance schedules, one per worker moves bytes."""
 
@@ -131,6 +107,8 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._explainer: Explainer | None = None
         self._announcer: Announcer | None = None
         if role == KVConnectorRole.SCHEDULER:
+            assert isinstance(self.scheduler.manager, BoundedTieringManager)
+            self._quiet = QuietSteps(self.scheduler, self.scheduler.manager.progress)
             self.scheduler._maximal_prefix_lookup = PrefixLookup(self.scheduler)
             self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
             if transfer.kv_connector_extra_config.get(explain.ENABLED):
@@ -188,7 +166,8 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     def _between_steps(self) -> None:
         """What others want of this engine: a new configuration, the controller's tasks."""
-        self._tuning.tick()
+        if self._tuning.tick():
+            self._quiet.wake()
         if self._announcer is not None:
             assert isinstance(self.scheduler.manager, BoundedTieringManager)
             self._announcer.serve(self.scheduler.manager.host)
@@ -208,6 +187,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         req_id = request.request_id
         if self._asked_just_now(req_id):
             return None, False
+        self._quiet.wake()
         tokens, load = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if tokens is None:
             if time.monotonic() - self._deferred[req_id].since < _LOOKUP_PATIENCE_S:
@@ -267,6 +247,7 @@ class LMCacheConnectorV1(OffloadingConnector):
     @override
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         def body() -> bool:
+            self._quiet.wake()
             super(LMCacheConnectorV1, self).update_state_after_alloc(request, blocks, num_external_tokens)
             return True
 
@@ -280,6 +261,9 @@ class LMCacheConnectorV1(OffloadingConnector):
         if not self._hooks.off:
             meta = self._hooks.run("build_connector_meta", lambda: self._build_meta(scheduler_output), None)
             self._hooks.run("reload", self._between_steps, None)
+        if meta is NOTHING_TO_DO:
+            self._was_idle = False
+            return meta
         meta = meta or self._lost_meta()
         meta.idle = self._was_idle = scheduler_output.total_num_scheduled_tokens == 0
         self.scheduler.manager.set_busy(not meta.idle)
@@ -289,8 +273,11 @@ class LMCacheConnectorV1(OffloadingConnector):
         return meta
 
     def _build_meta(self, scheduler_output: SchedulerOutput) -> LMCacheConnectorMetadata:
+        if self._quiet.holds(scheduler_output):
+            return LMCacheConnectorMetadata({}, {}) if self._failed_loads else NOTHING_TO_DO
         meta = super().build_connector_meta(scheduler_output)
         assert isinstance(meta, OffloadingConnectorMetadata)
+        self._quiet.plans(scheduler_output)
         return LMCacheConnectorMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush)
 
     def _lost_meta(self) -> LMCacheConnectorMetadata:
@@ -312,6 +299,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         meta = connector_output.kv_connector_worker_meta
         if meta is not None:
             self._pace.mark()
+            self._quiet.wake()
         for job_id in getattr(meta, "failed_jobs", ()):
             job = self.scheduler._jobs.get(job_id)
             if job is not None and job.is_store:
@@ -355,6 +343,7 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def reset_cache(self) -> bool | None:
+        self._quiet.wake()
         return self._hooks.run("reset_cache", super().reset_cache, False)
 
     @override

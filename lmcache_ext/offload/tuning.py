@@ -47,14 +47,15 @@ class Tuning:
         self._status = self._watcher.status
         self._set_modes()
 
-    def tick(self) -> None:
-        """Apply what is new; between steps only."""
+    def tick(self) -> bool:
+        """Apply what is new; between steps only. Whether there was anything."""
         if not self._watcher.has_news(self._status):
-            return
+            return False
         status = self._watcher.status
         while (found := self._watcher.take()) is not None:
             self._apply(found)
         self._status = status
+        return True
 
     def count_into(self, stats: OffloadingConnectorStats) -> None:
         """Add what happened since the last call to a step's statistics."""

@@ -15,9 +15,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmcache_ext import connector as connector_module
-from lmcache_ext.connector import LMCacheWorkerMetadata
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
+from lmcache_ext.offload.messages import LMCacheWorkerMetadata
 from lmcache_ext.offload.rows import rows_path
 from lmcache_ext.ops import lossless, pages_fp8
 from lmcache_ext.plugin import LOAD_FAILURE_POLICY

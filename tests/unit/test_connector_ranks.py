@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-from lmcache_ext.connector import LMCacheWorkerMetadata
+from lmcache_ext.offload.messages import LMCacheWorkerMetadata
 
 
 def test_a_failed_load_of_one_rank_fails_the_request_once_both_have_reported():
