@@ -7,6 +7,7 @@ Wheels of this package take it along where it is there.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from pathlib import Path
 
 OPS = Path(__file__).resolve().parents[1] / "lmcache_ext" / "ops"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+def find_nvcc() -> str | None:
+    """On the PATH, in CUDA_HOME, or where CUDA's toolkit is installed."""
+    toolkits = [root for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
+    return next(filter(shutil.which, ("nvcc", *(f"{root}/bin/nvcc" for root in toolkits))), None)
 
 
 def known_to(nvcc: str) -> list[int]:
@@ -42,14 +49,15 @@ def command(nvcc: str, architectures: list[int], out: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    parser.add_argument("--nvcc", default=find_nvcc() or "nvcc")
     parser.add_argument("--out", type=Path, default=OPS / "_cuda.so")
     options = parser.parse_args()
     if shutil.which(options.nvcc) is None:
         print(f"{options.nvcc} is not here: install CUDA's compiler, or name it with --nvcc", file=sys.stderr)
         return 2
-    architectures = known_to(options.nvcc)
-    built = subprocess.run(command(options.nvcc, architectures, options.out), check=False)
+    nvcc = str(shutil.which(options.nvcc))
+    architectures = known_to(nvcc)
+    built = subprocess.run(command(nvcc, architectures, options.out), check=False)
     if built.returncode == 0:
         print(f"{options.out}: sm_{', sm_'.join(map(str, architectures))} and PTX")
     return built.returncode

@@ -12,11 +12,9 @@ cachegen encodes and decodes at 20 GB/s or more.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu import device as devices
 from lmcache_ext.errors import FrameError
-from lmcache_ext.ops import cachegen, cachegen_cuda, fixed, fixed_cuda, fixed_numpy, native
+from lmcache_ext.ops import cachegen, cachegen_cuda, fixed, fixed_cuda, fixed_numpy
 from lmcache_ext.ops.chunks_cuda import Chunk, Memory
 from lmcache_ext.ops.layout import DTYPES, ELEMENT_BYTES, Dtype, Layout, dense_cells, token_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGET_GB_S = 20.0
 KEY_BINS, VALUE_BINS = 48.0, 14.0  # the defaults of the serde
-REPEATS = 9
 DAMAGED = 100  # payloads of each codec, some of them decoded to other rows all the same
 
 
@@ -135,7 +132,7 @@ class Codec:
 
     @property
     def stream(self) -> int:
-        return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+        return devices.stream_of(self.device)
 
     def refusal(self, result: int, payload_bytes: int) -> FrameError | None:
         if self.is_cachegen:
@@ -230,25 +227,6 @@ def check(shape: Shape, dtype: Dtype, device: str) -> str:
     return f"{shape.name}, {dtype}; of {DAMAGED} damaged payloads refused: {', '.join(map(str, refused))}"
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """The median of several; the first warms up."""
-    taken = []
-    for _ in range(REPEATS + 1):
-        if device == "cpu":
-            begun = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - begun)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(taken[1:])
-
-
 def time_codec(name: str, shape: Shape, chunks: int, device: str) -> bool:
     """Print one row of the table; whether it reaches the target, where it has one."""
     layout = shape.layout("bfloat16")
@@ -257,27 +235,23 @@ def time_codec(name: str, shape: Shape, chunks: int, device: str) -> bool:
     rows = [on(device, row) for _ in range(chunks)]
     payloads = [torch.empty(codec.room, dtype=torch.uint8, device=device) for _ in rows]
     raw = chunks * layout.row_bytes
-    encode = raw / seconds(lambda: codec.encode(rows, payloads), device) / 1e9
+    encode = raw / devices.seconds(lambda: codec.encode(rows, payloads), device) / 1e9
     lengths = codec.results.tolist()
-    decode = raw / seconds(lambda: codec.decode(payloads, lengths, rows), device) / 1e9
+    decode = raw / devices.seconds(lambda: codec.decode(payloads, lengths, rows), device) / 1e9
     assert not codec.results.any(), "a payload was refused"
     print(f"| {name} | {chunks} | {layout.row_bytes / lengths[0]:.2f} | {encode:.1f} | {decode:.1f} |", flush=True)
     return name != "cachegen" or min(encode, decode) >= TARGET_GB_S
 
 
 def ready(device: str) -> str | None:
-    """Why nothing can be run here, or None."""
-    if device == "cpu":  # the kernels as plain C++; tests/unit/test_gpu_benchmarks.py
-        return None
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    if not native.CUDA_LIBRARY.exists():
-        subprocess.run([sys.executable, ROOT / "scripts" / "build_cuda.py"], check=True)
-    if not (cachegen_cuda.available() and fixed_cuda.available()):
-        return f"{native.CUDA_LIBRARY} does not load on this machine"
-    if not list(ROOT.glob("lmcache_ext/ops/_fixed*.so")):
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
-    return None if fixed.available() else "the codecs of hosts, which are the twins, were not built: no C++ compiler?"
+    """Why nothing can be run here, or None. Builds the twins, too, where they were not built yet."""
+    reason = devices.ready(device, [cachegen_cuda, fixed_cuda])
+    if reason is None and not (cachegen.available() and fixed.available()):
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=devices.ROOT, check=False)
+        cachegen._library.cache_clear(), fixed._library.cache_clear()
+        if not (cachegen.available() and fixed.available()):
+            return "the codecs of hosts, which are the twins, were not built: no C++ compiler, or no setuptools?"
+    return reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,18 +263,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     cuda = options.device == "cuda"
-    print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else "the kernels on the host")
-    for shape in CHECKED if cuda else TINY:
-        for dtype in DTYPES:
-            print(f"  as the twin: {check(shape, dtype, options.device)}", flush=True)
-    shape = TIMED if cuda else TINY[0]
-    print(f"\n{shape.name}, bfloat16\n")
-    print("| codec | chunks in a call | ratio | encode, GB/s | decode, GB/s |")
-    print("|---|---|---|---|---|")
-    counts = sorted({1, options.chunks})
-    reached = [time_codec(name, shape, chunks, options.device) for name in CODECS for chunks in counts]
-    print(f"\ntarget, cachegen at {TARGET_GB_S:.0f} GB/s: {'reached' if all(reached) else 'missed'}")
-    return 0 if all(reached) else 1
+    print(devices.describe(options.device))
+    with devices.on_a_stream(options.device):
+        for shape in CHECKED if cuda else TINY:
+            for dtype in DTYPES:
+                print(f"  as the twin: {check(shape, dtype, options.device)}", flush=True)
+        shape = TIMED if cuda else TINY[0]
+        print(f"\n{shape.name}, bfloat16\n")
+        print("| codec | chunks in a call | ratio | encode, GB/s | decode, GB/s |")
+        print("|---|---|---|---|---|")
+        counts = sorted({1, options.chunks})
+        reached = [time_codec(name, shape, chunks, options.device) for name in CODECS for chunks in counts]
+    print()
+    calls = " and ".join(map(str, counts))
+    target = f"cachegen writes and reads {TARGET_GB_S:.0f} GB/s of KV in calls of {calls} chunks"
+    return 0 if devices.judged(target, all(reached)) else 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from benchmarks.gpu import codecs, pages_fp8, run
+import pytest
+import torch
+
+from benchmarks.gpu import codecs, device, pages_fp8, run
 from lmcache_ext.ops import cachegen, cachegen_cuda, fixed_cuda, pages_fp8_cuda
 from tests.device import CSRC, built
 
@@ -23,7 +26,7 @@ def kernels(tmp_path_factory):
 
 
 def test_codecs_are_checked_and_timed(kernels, monkeypatch, capsys):
-    monkeypatch.setattr(codecs, "REPEATS", 1)
+    monkeypatch.setattr(device, "REPEATS", 1)
     monkeypatch.setattr(codecs, "TARGET_GB_S", 1e-6)
     assert codecs.main(["--device", "cpu", "--chunks", "2"]) == 0
     tables, lines = run.tables_and_lines(capsys.readouterr().out.splitlines())
@@ -38,7 +41,7 @@ def test_kernel_that_differs_from_its_twin_is_noticed(kernels, monkeypatch):
 
 
 def test_pages_of_eight_bits_are_checked_and_timed(kernels, monkeypatch, capsys):
-    monkeypatch.setattr(codecs, "REPEATS", 1)
+    monkeypatch.setattr(device, "REPEATS", 1)
     monkeypatch.setattr(pages_fp8, "CTAS", (pages_fp8.DEFAULT_CTAS,))
     monkeypatch.setattr(pages_fp8, "TARGET_RATIO", 1e-6)
     assert pages_fp8.main(["--device", "cpu", "--mib", "1"]) == 0
@@ -65,3 +68,54 @@ def test_run_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(run, "gpu", lambda: None)
     assert run.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_script_without_a_gpu_says_what_torch_sees(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert codecs.main([]) == 2
+    assert "no CUDA device here, as torch" in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_nvcc(monkeypatch, tmp_path):
+    """A machine with a GPU and no compiler; the place of its library."""
+    monkeypatch.setattr(run, "gpu", lambda: "A GPU, 1.2")
+    monkeypatch.setattr(run.build_cuda, "find_nvcc", lambda: None)
+    monkeypatch.setattr(run.native, "CUDA_LIBRARY", tmp_path / "_cuda.so")
+    return tmp_path / "_cuda.so"
+
+
+def test_run_with_neither_a_compiler_nor_a_library_says_what_to_bring(without_nvcc, capsys):
+    assert run.main([]) == 2
+    assert "install CUDA's compiler, or bring a library" in capsys.readouterr().err
+
+
+def test_run_takes_a_library_that_is_there_and_tells_what_became_of_every_target(
+    without_nvcc, monkeypatch, capsys, tmp_path
+):
+    without_nvcc.touch()
+    said = "  as the twin: one\n\n| a | b |\n|---|---|\n| 1 | - |\n\ntarget, so fast: missed"
+    (tmp_path / "pages.py").write_text(f"print({said!r})\nraise SystemExit(1)\n")
+    (tmp_path / "codecs.py").write_text("raise AssertionError('a payload differs')\n")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "SCRIPTS", ("pages", "codecs"))
+    assert run.main(["--out", str(tmp_path / "gpu.json")]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "  pages: target, so fast: missed",
+        "  codecs: ended with 1: AssertionError: a payload differs",
+    ]
+    assert json.loads((tmp_path / "gpu.json").read_text())["scripts"]["pages"]["tables"] == [[{"a": "1", "b": "-"}]]
+    section = (tmp_path / "gpu.md").read_text()
+    assert section.startswith("### A GPU, 1.2\n")
+    assert "| a | b |\n|---|---|\n| 1 | - |\n" in section
+    assert "* target, so fast: missed" in section
+
+
+def test_script_that_hangs_is_ended(monkeypatch, tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text("print('begun')\nimport threading\nthreading.Event().wait()\n")
+    monkeypatch.setattr(run, "LIMIT_S", 1.0)
+    told = run.run(script)
+    assert told["exit_status"] < 0
+    assert run.verdicts(told) == ["ended with -9: begun"]
