@@ -37,6 +37,11 @@ class ChunkIO:
         self._dropped: Counter[str] = Counter()
         self._told: set[str] = set()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a chunk that has arrived is not yet what belongs into its row."""
+        return not isinstance(self._serde, NaiveSerde)
+
     def present(self, keys: Sequence[bytes]) -> list[bool]:
         """Whether each chunk seems to be there. Advice: the fetch is the truth."""
         try:

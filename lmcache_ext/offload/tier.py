@@ -83,6 +83,7 @@ class _Job:
 
     job_id: JobId
     backing: Backing
+    chunks_per_task: int
     num_tasks: int
     begin: float
     num_keys: int
@@ -209,7 +210,8 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def submit_load(self, job_metadata: TransferJob) -> None:
-        job = self._start(job_metadata)
+        decodes = self._backing.chunks.decodes
+        job = self._start(job_metadata, 1 if decodes else CHUNKS_PER_TASK)  # one is decoded while the next arrives
         self._loading[job.job_id] = job_metadata
         due = job.begin + self.limits.fetch_timeout_s
         self._due.update((key, due) for key in job_metadata.keys)
@@ -227,7 +229,7 @@ class StoredTier(SecondaryTierManager):
             job.num_tasks = 1
             self._finish(job, ())
             return
-        job.num_tasks = _num_tasks(len(kept))
+        job.num_tasks = _num_tasks(len(kept), job.chunks_per_task)
         with self._lock:
             self._pending_stores += len(kept)
         self._submit(job, job_metadata, kept, self._keep, urgent=False)
@@ -348,10 +350,11 @@ class StoredTier(SecondaryTierManager):
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _start(self, job_metadata: TransferJob) -> _Job:
+    def _start(self, job_metadata: TransferJob, chunks_per_task: int = CHUNKS_PER_TASK) -> _Job:
         num_keys = len(job_metadata.keys)
+        num_tasks = _num_tasks(num_keys, chunks_per_task)
         self._backing.hold()
-        return _Job(job_metadata.job_id, self._backing, _num_tasks(num_keys), time.monotonic(), num_keys)
+        return _Job(job_metadata.job_id, self._backing, chunks_per_task, num_tasks, time.monotonic(), num_keys)
 
     def _submit(
         self,
@@ -367,8 +370,8 @@ class StoredTier(SecondaryTierManager):
         keys = [key for key, _ in chunks]
         rows = [memoryview(self._rows[row]) for _, row in chunks]
         adapter = adapter_of(job_metadata.req_context)
-        for begin in range(0, max(1, len(keys)), CHUNKS_PER_TASK):
-            part = slice(begin, begin + CHUNKS_PER_TASK)
+        for begin in range(0, max(1, len(keys)), job.chunks_per_task):
+            part = slice(begin, begin + job.chunks_per_task)
             if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
                 self._refuse(job, len(keys[part]), urgent)
 
@@ -427,5 +430,5 @@ def _in_order(job_metadata: TransferJob) -> list[tuple[OffloadKey, int]]:
     return sorted(chunks, key=lambda chunk: position(chunk[0]) or 0)
 
 
-def _num_tasks(num_keys: int) -> int:
-    return max(1, -(-num_keys // CHUNKS_PER_TASK))
+def _num_tasks(num_keys: int, chunks_per_task: int) -> int:
+    return max(1, -(-num_keys // chunks_per_task))

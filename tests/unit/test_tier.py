@@ -15,6 +15,7 @@ from lmcache_ext.errors import StoreFull, StoreTimeout, StoreUnavailable
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
 from lmcache_ext.offload.tier import StoredTier, TierLimits
+from lmcache_ext.serde.lossless import LosslessSerde
 from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import READ, WRITE, Guarded
@@ -73,7 +74,7 @@ class GatedStore(DiskStore):
 class Bench:
     """A tier with everything below it."""
 
-    def __init__(self, path, limits: TierLimits = LIMITS, *, max_queued: int = 64, num_threads: int = 2) -> None:
+    def __init__(self, path, limits: TierLimits = LIMITS, *, max_queued=64, num_threads=2, serde=None) -> None:
         self.rows = np.zeros((NUM_ROWS, ROW_BYTES), dtype=np.int8)
         self.store = GatedStore(str(path))
         self.guarded = Guarded(self.store, deadline_s=WAIT_S, failures_to_open=2, probe_interval_s=3600)
@@ -82,7 +83,7 @@ class Bench:
             None,
             memoryview(self.rows),
             store=self.guarded,
-            serde=NaiveSerde(),
+            serde=serde or NaiveSerde(),
             namespace=NAMESPACE,
             pool=self.pool,
             limits=limits,
@@ -146,7 +147,7 @@ def make_bench(tmp_path):
     made = []
 
     def make(**changed):
-        pool = {name: changed.pop(name) for name in ("max_queued", "num_threads") if name in changed}
+        pool = {name: changed.pop(name) for name in ("max_queued", "num_threads", "serde") if name in changed}
         made.append(Bench(tmp_path / f"disk{len(made)}", replace(LIMITS, **changed), **pool))
         return made[-1]
 
@@ -240,6 +241,21 @@ class TestJobs:
         result = bench.finished()[loaded]
         assert not result.success
         assert set(result.successful_keys) == {key(i) for i in range(10)} - {key(4), key(9)}
+
+    def test_that_decode_do_so_with_one_chunk_while_others_arrive(self, make_bench, monkeypatch):
+        """With one thread, before the next is asked for: with several, others receive meanwhile."""
+        serde, events = LosslessSerde(1), []
+        bench = make_bench(serde=serde, num_threads=1)
+        bench.store_rows([key(i) for i in range(3)], range(3))
+        bench.finished()
+        for watched, name in ((bench.store, "get_into"), (serde, "decode")):
+            call = getattr(watched, name)
+            monkeypatch.setattr(
+                watched, name, lambda *given, call=call, name=name: (events.append(name), call(*given))[1]
+            )
+        job = bench.load_rows([key(i) for i in range(3)], range(3, 6))
+        assert bench.finished()[job].success
+        assert events == ["get_into", "decode"] * 3
 
     def test_without_keys_are_reported_too(self, bench):
         jobs = {bench.store_rows([], []), bench.load_rows([], [])}
