@@ -94,38 +94,36 @@ struct Encoder {
   std::vector<int32_t> escapes;  // of all streams of a part
 };
 
-// Lines of one head from the likeliest model to the next: few tables at a time.
+// Lines of one head by class, and then by element: few tables at a time.
 template <typename Kind>
-void order_lines(int64_t dim, const Kind& kind, std::vector<int32_t>* order) {
+void order_lines(int32_t dim, const Kind& kind, std::vector<int32_t>* order) {
+  int32_t at[kClasses + 1] = {};
+  for (int32_t d = 0; d < dim; ++d) ++at[(kind(d) & ~kDelta) + 1];
+  for (int k = 0; k < kClasses; ++k) at[k + 1] += at[k];
   order->resize(static_cast<size_t>(dim));
-  int32_t at = 0;
-  for (int k = 0; k < kClasses; ++k) {
-    for (int32_t d = 0; d < dim; ++d) {
-      if ((kind(d) & ~kDelta) == k) (*order)[static_cast<size_t>(at++)] = d;
-    }
-  }
+  for (int32_t d = 0; d < dim; ++d) (*order)[static_cast<size_t>(at[kind(d) & ~kDelta]++)] = d;
 }
 
 constexpr int64_t kTile = 16;
 
-// q: (dim, tokens) from x: (tokens, dim). In tiles, so that both sides are in caches.
-void quantise_head(const float* x, int64_t tokens, int64_t dim, float inverse, int32_t* q) {
-  int32_t tile[kTile * kTile];
-  for (int64_t t = 0; t < tokens; t += kTile) {
-    const int64_t rows = std::min(kTile, tokens - t);
-    for (int64_t d = 0; d < dim; d += kTile) {
-      const int64_t columns = std::min(kTile, dim - d);
-      if (rows < kTile || columns < kTile) {
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) q[(d + j) * tokens + t + i] = quantise(x[(t + i) * dim + d + j], inverse);
+// to: (columns, rows) from (rows, columns), each element changed. In tiles, so that both sides are in caches.
+template <typename From, typename To, typename Change>
+void transpose(const From* from, int64_t rows, int64_t columns, const Change& change, To* to) {
+  To tile[kTile * kTile];
+  for (int64_t r = 0; r < rows; r += kTile) {
+    for (int64_t c = 0; c < columns; c += kTile) {
+      const int64_t height = std::min(kTile, rows - r), width = std::min(kTile, columns - c);
+      if (height < kTile || width < kTile) {
+        for (int64_t i = 0; i < height; ++i) {
+          for (int64_t j = 0; j < width; ++j) to[(c + j) * rows + r + i] = change(from[(r + i) * columns + c + j]);
         }
         continue;
       }
       for (int64_t i = 0; i < kTile; ++i) {
-        for (int64_t j = 0; j < kTile; ++j) tile[i * kTile + j] = quantise(x[(t + i) * dim + d + j], inverse);
+        for (int64_t j = 0; j < kTile; ++j) tile[i * kTile + j] = change(from[(r + i) * columns + c + j]);
       }
       for (int64_t j = 0; j < kTile; ++j) {
-        for (int64_t i = 0; i < kTile; ++i) q[(d + j) * tokens + t + i] = tile[i * kTile + j];
+        for (int64_t i = 0; i < kTile; ++i) to[(c + j) * rows + r + i] = tile[i * kTile + j];
       }
     }
   }
@@ -147,8 +145,8 @@ float encode_head(const Part& part, int64_t head, const uint8_t* row, float bins
   const int64_t tokens = part.tokens();
   load_head(part, state->index, head, row, state->x.data());
   const float spread = deviation(state->x.data(), tokens, part.dim, state->mean.data(), state->square.data());
-  const float step = step_of(spread, bins);
-  quantise_head(state->x.data(), tokens, part.dim, inverse_of(step), state->q.data());
+  const float step = step_of(spread, bins), inverse = inverse_of(step);
+  transpose(state->x.data(), tokens, part.dim, [&](float x) { return quantise(x, inverse); }, state->q.data());
   Line* lines = state->lines.data() + head * part.dim;
   for (int64_t d = 0; d < part.dim; ++d) lines[d] = predict(state->q.data() + d * tokens, tokens);
   order_lines(part.dim, [&](int32_t d) { return lines[d].kind; }, &state->order);
@@ -229,7 +227,7 @@ struct Decoder {
   std::vector<int32_t> order;
 };
 
-// q[0, tokens) of a line from its symbols, where none escapes. Sums wrap around on made-up residuals.
+// q[0, tokens) of a line from its symbols; escapes count as symbols like others. Sums wrap around on made-up residuals.
 void add_up(const uint8_t* symbols, int64_t tokens, bool delta, int32_t mean, int32_t* q) {
   if (!delta) {
     for (int64_t t = 0; t < tokens; ++t) q[t] = mean + symbols[t] - kReach;
@@ -242,56 +240,39 @@ void add_up(const uint8_t* symbols, int64_t tokens, bool delta, int32_t mean, in
   }
 }
 
-// The same of any line; false where its escapes run out.
-bool add_up_escapes(const uint8_t* symbols, int64_t tokens, bool delta, int32_t mean, const uint8_t** escapes,
-                    const uint8_t* end, int32_t* q) {
-  auto last = static_cast<uint32_t>(mean);
-  for (int64_t t = 0; t < tokens; ++t) {
-    uint32_t residual = symbols[t] - static_cast<uint32_t>(kReach);
-    if (symbols[t] == kEscape) {
-      if (end - *escapes < 4) return false;
-      residual = load<uint32_t>(*escapes);
-      *escapes += 4;
+const uint8_t* find_escape(const uint8_t* symbols, const uint8_t* end) {
+  return static_cast<const uint8_t*>(std::memchr(symbols, kEscape, static_cast<size_t>(end - symbols)));
+}
+
+// Puts right what add_up has made of escapes; false where they run out. A few stand far from each other in most lines.
+bool put_right(const uint8_t* symbols, int64_t tokens, bool delta, const uint8_t** escapes, const uint8_t* end,
+               int32_t* q) {
+  uint32_t missing = 0;  // from the token `done` on, where differences add up
+  int64_t done = 0;
+  const auto add_until = [&](int64_t t) {
+    for (; done < t; ++done) q[done] = static_cast<int32_t>(static_cast<uint32_t>(q[done]) + missing);
+  };
+  const uint8_t* const last = symbols + tokens;
+  for (const uint8_t* at = find_escape(symbols, last); at != nullptr; at = find_escape(at + 1, last)) {
+    if (end - *escapes < 4) return false;
+    const uint32_t error = load<uint32_t>(*escapes) - static_cast<uint32_t>(kEscape - kReach);
+    *escapes += 4;
+    if (delta) {
+      add_until(at - symbols);
+      missing += error;
+    } else {
+      q[at - symbols] = static_cast<int32_t>(static_cast<uint32_t>(q[at - symbols]) + error);
     }
-    q[t] = static_cast<int32_t>(last + residual);
-    if (delta) last += residual;
   }
+  if (missing != 0) add_until(tokens);
   return true;
 }
 
 bool decode_line(const uint8_t* symbols, int64_t tokens, uint8_t kind, int32_t mean, const uint8_t** escapes,
                  const uint8_t* end, int32_t* q) {
   const bool delta = (kind & kDelta) != 0;
-  uint8_t escaped = 0;
-  for (int64_t t = 0; t < tokens; ++t) escaped |= symbols[t] == kEscape;
-  if (escaped != 0) return add_up_escapes(symbols, tokens, delta, mean, escapes, end, q);
   add_up(symbols, tokens, delta, mean, q);
-  return true;
-}
-
-float restored(int32_t q, float step) { return tame(static_cast<float>(q) * step); }
-
-// x: (tokens, dim) from q: (dim, tokens), in tiles as quantise_head.
-void restore_head(const int32_t* q, int64_t tokens, int64_t dim, float step, float* x) {
-  float tile[kTile * kTile];
-  for (int64_t t = 0; t < tokens; t += kTile) {
-    const int64_t rows = std::min(kTile, tokens - t);
-    for (int64_t d = 0; d < dim; d += kTile) {
-      const int64_t columns = std::min(kTile, dim - d);
-      if (rows < kTile || columns < kTile) {
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) x[(t + i) * dim + d + j] = restored(q[(d + j) * tokens + t + i], step);
-        }
-        continue;
-      }
-      for (int64_t j = 0; j < kTile; ++j) {
-        for (int64_t i = 0; i < kTile; ++i) tile[j * kTile + i] = restored(q[(d + j) * tokens + t + i], step);
-      }
-      for (int64_t i = 0; i < kTile; ++i) {
-        for (int64_t j = 0; j < kTile; ++j) x[(t + i) * dim + d + j] = tile[j * kTile + i];
-      }
-    }
-  }
+  return put_right(symbols, tokens, delta, escapes, end, q);
 }
 
 // Fills the heads of one stream of a part from [stream, stream + bytes) and from escapes, which it moves on.
@@ -311,7 +292,9 @@ bool decode_heads(const Part& part, int32_t which, const uint8_t* body, const ui
       const auto mean = load<int16_t>(means + 2 * d);
       if (!decode_line(state->symbols.data(), tokens, kind[d], mean, escapes, escapes_end, q)) return false;
     }
-    restore_head(state->q.data(), tokens, part.dim, tame(load<float>(body + 4 * head)), state->x.data());
+    const float step = tame(load<float>(body + 4 * head));
+    const auto restored = [&](int32_t q) { return tame(static_cast<float>(q) * step); };
+    transpose(state->q.data(), part.dim, tokens, restored, state->x.data());
     store_head(part, state->index, head, state->x.data(), row);
   }
   return rans::at_end(reader);
