@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from lmcache_ext.config_quotas import quotas
 from lmcache_ext.config_stores import INFINISTORE, mooncake_names
-from lmcache_ext.config_urls import directories, host_and_port, remote_url
+from lmcache_ext.config_urls import directories, host, host_and_port, remote_url
 from lmcache_ext.config_values import (
     Reader,
     anything,
@@ -90,7 +90,7 @@ _HONOURED = (
     Key("lmcache_instance_id", optional(text), "instance_id"),
     Key("log_level", one_of(*LOG_LEVELS), "live.log_level"),
     Key("enable_p2p", boolean, "peer.enabled"),
-    Key("p2p_host", optional(text), "peer.host"),
+    Key("p2p_host", optional(host), "peer.host"),
     Key("p2p_init_ports", optional(ports), "peer.init_ports"),
     Key("p2p_lookup_ports", optional(ports), "peer.lookup_ports"),
     Key("transfer_channel", optional(one_of("nixl", "mock_memory", "tcp")), "peer.transfer_channel"),

@@ -131,6 +131,11 @@ def host_and_port(value: object) -> str:
     return address
 
 
+def host(value: object) -> str:
+    """A host's name or address; brackets, as a URL has them around an address of IPv6, are left out."""
+    return text(value).removeprefix("[").removesuffix("]")
+
+
 def directories(value: object) -> tuple[str, ...]:
     """Directories of ``local_disk``: a path, a file:// or fs:// URL, or a comma list of these."""
     items = value if isinstance(value, list | tuple) else text(value).split(",")

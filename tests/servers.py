@@ -39,6 +39,15 @@ def valkey_binary() -> str:
 BINARIES: dict[str, Callable[[], str]] = {"redis": redis_binary, "valkey": valkey_binary}
 
 
+def has_ipv6() -> bool:
+    """Whether this machine has an IPv6 address of its own to listen on."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 def free_port() -> int:
     """A port that was free a moment ago, with the cluster bus (port + 10000) free too."""
     while True:

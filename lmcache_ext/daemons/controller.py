@@ -30,6 +30,7 @@ from lmcache_ext.daemons.controller_link import Link
 from lmcache_ext.daemons.lm_http import prometheus
 from lmcache_ext.daemons.lmserver import bind
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.stores.sockets import is_loopback
 from lmcache_ext.stores.tokens import Token
 
@@ -242,9 +243,9 @@ def _announce(
         )
     for name, sockets in monitors.items():
         for sock in sockets:
-            logger.info("%s port: listening on %s:%d", name, *sock.getsockname()[:2])
+            logger.info("%s port: listening on %s", name, Address(*sock.getsockname()[:2]))
     for sock in http:
-        logger.info("HTTP: listening on %s:%d", *sock.getsockname()[:2])
+        logger.info("HTTP: listening on %s", Address(*sock.getsockname()[:2]))
 
 
 if __name__ == "__main__":

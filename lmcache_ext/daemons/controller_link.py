@@ -238,7 +238,10 @@ def _engine(message: wire.Message, ip: str) -> Engine:
 
 def _from_outside(address: str, ip: str) -> str:
     """An address that listens on all interfaces, as others reach it."""
-    return f"{ip}:{address.removeprefix('0.0.0.0:')}" if address.startswith("0.0.0.0:") else address
+    for anywhere in ("0.0.0.0:", "[::]:"):
+        if address.startswith(anywhere):
+            return (f"[{ip}]:" if ":" in ip else f"{ip}:") + address.removeprefix(anywhere)
+    return address
 
 
 def _namespace(message: wire.Message) -> bytes:

@@ -30,6 +30,7 @@ from lmcache_ext.daemons.lm_memory import Memory
 from lmcache_ext.daemons.lm_policy import POLICIES
 from lmcache_ext.daemons.lm_server import Server
 from lmcache_ext.errors import ConfigError, StoreError
+from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.stores.sockets import is_loopback
 
 logger = logging.getLogger("lmcache_ext.daemons.lmserver")
@@ -104,6 +105,7 @@ def _open(arguments: argparse.Namespace) -> Server:
 
 def bind(host: str, port: int) -> list[socket.socket]:
     """A listening socket for each address of `host`; port 0 is the same free one for all. Raises ConfigError."""
+    host = host.removeprefix("[").removesuffix("]")  # as an address of IPv6 stands in a URL
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -169,9 +171,9 @@ def _announce(arguments: argparse.Namespace, sockets: list[socket.socket], http:
         *(arguments.max_bytes, arguments.policy, arguments.max_object_bytes, arguments.data_dir or "none"),
     )
     for sock in http:
-        logger.info("metrics on http://%s:%d/metrics", *sock.getsockname()[:2])
+        logger.info("metrics on http://%s/metrics", Address(*sock.getsockname()[:2]))
     for sock in sockets:
-        logger.info("listening on %s:%d", *sock.getsockname()[:2])
+        logger.info("listening on %s", Address(*sock.getsockname()[:2]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.peer_rows import PeerRows
 from lmcache_ext.offload.settings import Settings
 from lmcache_ext.stores.controller import ControllerLink, Door, door
+from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.stores.peer_server import PeerServer
 from lmcache_ext.wire.v2 import MAX_BATCH_KEYS, encode_keys
 
@@ -228,9 +229,11 @@ def join_controller(
 
 def _peer_urls(peer: Peer, rank: int) -> dict[str, str]:
     """Where other engines reach this one, as they are told."""
-    ports = (of_rank(peer.init_ports, rank, 0), of_rank(peer.lookup_ports, rank, 0)) if peer.enabled else (0, 0)
-    names = ("peer_url", "lookup_url")
-    return {name: f"{peer.host}:{port}" for name, port in zip(names, ports, strict=True) if port}
+    if not peer.enabled:
+        return {}
+    assert peer.host is not None
+    ports = {"peer_url": of_rank(peer.init_ports, rank, 0), "lookup_url": of_rank(peer.lookup_ports, rank, 0)}
+    return {name: str(Address(peer.host, port)) for name, port in ports.items() if port}
 
 
 def _serve_peers(config: Config, host: HostTier, holdings: Holdings, namespace: bytes, rank: int) -> PeerServer:
@@ -250,7 +253,8 @@ def _serve_peers(config: Config, host: HostTier, holdings: Holdings, namespace: 
         token_file=config.controller.token_file,
         max_bytes=host.row_bytes + FRAME_BYTES,
     ).open()
-    logger.info("Peers may read host memory at %s, over TCP", " and ".join(f"{peer.host}:{port}" for port in ports))
+    places = " and ".join(str(Address(peer.host, port)) for port in ports)
+    logger.info("Peers may read host memory at %s, over TCP", places)
     return server
 
 

@@ -250,6 +250,13 @@ def test_a_second_engine_of_the_same_name_is_told_so(controller):
     assert "lmcache_instance_id" in refused["error"]
 
 
+@pytest.mark.parametrize("anywhere", ["0.0.0.0:8200", "[::]:8200"])
+def test_an_engine_that_listens_everywhere_is_reached_where_it_came_from(controller, anywhere):
+    joined = Joined(controller, "one", KEYS[:1], peer_url=anywhere)
+    found = joined.reply.say("locate", KEYS[:1], namespace=SPACE, instance="two", worker=0)
+    assert found["peers"][0][2] == "127.0.0.1:8200"
+
+
 def test_peers_are_located_in_one_question(controller):
     Joined(controller, "one", KEYS[:2], peer_url="localhost:8200", lookup_url="localhost:8201")
     found = Talker(controller.ports["reply"]).say("locate", tuple(KEYS[:3]), namespace=SPACE, instance="two")

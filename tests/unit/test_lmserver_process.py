@@ -19,10 +19,11 @@ import pytest
 from lmcache_ext.daemons.lmserver import main
 from lmcache_ext.errors import StoreError, StoreUnavailable
 from lmcache_ext.stores.disk_scan import list_files
-from lmcache_ext.stores.lmserver import LMServerStore, Settings
+from lmcache_ext.stores.lmserver import LMServerStore, Settings, open_lm
 from lmcache_ext.wire import v2
 from tests.contracts.store_contract import get, key_of, views
 from tests.lm_servers import PATIENT, OldClient, ServerProcess, serving
+from tests.servers import has_ipv6
 
 MIB = 1024**2
 KEY = "meta-llama/Llama-3.1-8B-Instruct@1@0@1a2b@bfloat16"
@@ -273,6 +274,16 @@ def test_a_device_is_accepted_and_a_wide_address_without_token_warned_of() -> No
     server = ServerProcess("cuda:0", host="0.0.0.0")
     assert "DEVICE cuda:0: objects rest in host memory" in server.log()
     assert "reachable from other machines and asks for no token" in server.log()
+    assert server.stop() == 0
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_an_address_of_ipv6_may_stand_in_brackets_and_does_in_the_log() -> None:
+    server = ServerProcess(host="[::1]")
+    assert f"listening on [::1]:{server.port}" in server.log()
+    store = open_lm(f"lm://[::1]:{server.port}", {})
+    assert store.ping() > 0
+    store.close()
     assert server.stop() == 0
 
 

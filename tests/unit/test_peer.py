@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from lmcache_ext import frame
+from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError, StoreError
+from lmcache_ext.offload.announcer import _peer_urls
 from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.offload.holdings import Holdings
 from lmcache_ext.offload.peer_rows import PeerRows
@@ -21,7 +23,7 @@ from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.stores.peer import PeerStore
 from lmcache_ext.stores.peer_server import PeerServer
 from tests.controllers import RunningController, Talker
-from tests.servers import free_port, until
+from tests.servers import free_port, has_ipv6, until
 from tests.unit.test_tier import key
 
 NAMESPACE = b"n" * 16
@@ -31,13 +33,13 @@ NUM_ROWS, ROW_BYTES = 8, 4096
 class Neighbour:
     """An engine as its peers see it: rows, holdings, a server, and what the controller is told of it."""
 
-    def __init__(self, controller=None, name="neighbour", *, token_file=None, peer_url=None):
+    def __init__(self, controller=None, name="neighbour", *, token_file=None, host="127.0.0.1", peer_url=None):
         self.rows = np.frombuffer(random.Random(name).randbytes(NUM_ROWS * ROW_BYTES), np.uint8).copy()
         self.rows = self.rows.reshape(NUM_ROWS, ROW_BYTES)
         self.holdings = Holdings(lambda: None)
         self.port = free_port()
         self.server = PeerServer(
-            "127.0.0.1",
+            host,
             [self.port],
             lambda: PeerRows(self.rows.data, self.holdings, NAMESPACE),
             token_file=token_file,
@@ -45,7 +47,7 @@ class Neighbour:
         ).open()
         if controller is not None:
             said = {"instance": name, "boot": os.urandom(4).hex(), "namespace": NAMESPACE.hex()}
-            said |= {"peer_url": peer_url or f"127.0.0.1:{self.port}", "lookup_url": "127.0.0.1:1"}
+            said |= {"peer_url": peer_url or str(Address(host, self.port)), "lookup_url": "127.0.0.1:1"}
             session = Talker(controller.ports["reply"]).say("register", **said)["session"]
             self.pull = Talker(controller.ports["pull"])
             self.pull.say("attach", session=session)
@@ -102,6 +104,19 @@ def test_chunks_of_a_peer_come_whole(neighbour, store):
     assert present == [True, True, False]
     assert rows == [neighbour.rows[3].tobytes(), neighbour.rows[5].tobytes(), None]
     assert store.ping() > 0
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("told", ["::1", "[::1]"])
+def test_a_peer_is_reached_over_ipv6(controller, store, told):
+    settings = "enable_controller: true\ncontroller_pull_url: localhost:1\ncontroller_reply_url: localhost:1\n"
+    settings += f"enable_p2p: true\np2p_host: '{told}'\np2p_init_ports: 8200\n"
+    peer = load_config(path="lmcache_config.yaml", content=settings, environ={}).peer
+    assert _peer_urls(peer, 0) == {"peer_url": "[::1]:8200"}
+    neighbour = Neighbour(controller, host=peer.host)
+    neighbour.hold(1, 3)
+    assert fetch(store, 1)[1] == [neighbour.rows[3].tobytes()]
+    neighbour.server.close()
 
 
 def test_each_chunk_comes_from_the_peer_that_has_it(controller, neighbour, store):
