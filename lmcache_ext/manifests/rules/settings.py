@@ -87,12 +87,13 @@ def _bad_value(pair: Node) -> Found | None:
 
 
 def _of_pods(bundle: Bundle) -> dict[str, str]:
-    """The address that no file can have, as each pod has its own.
+    """The address that no file can have, as each pod has its own: of the pods in sight, or of those that are not."""
+    given = _given(bundle)
+    return given if given or caches(bundle) else OF_THE_POD
 
-    Where engines are in sight it is known whether they are given it by a variable; else some are thought to be.
-    """
-    if not caches(bundle):
-        return OF_THE_POD
+
+def _given(bundle: Bundle) -> dict[str, str]:
+    """What pods in sight are told by variables."""
     names = {name for pod in pods(bundle) for container in pod.containers for name in container.env}
     return {name: value for name, value in OF_THE_POD.items() if name in names}
 
@@ -111,7 +112,7 @@ def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
 
 
 def _of_no_pod(bundle: Bundle) -> Iterator[Found]:
-    for document in () if caches(bundle) else bundle.settings:
+    for document in () if caches(bundle) or _given(bundle) else bundle.settings:
         peer = document.node.at("enable_p2p")
         if peer is not None and peer.text.lower() == "true" and document.node.at("p2p_host") is None:
             message = "no p2p_host, and no engine is given here that could have it from a variable"
