@@ -14,6 +14,7 @@ from lmcache_ext.manifests.convert.convert import convert
 from lmcache_ext.manifests.convert.options import Options
 from lmcache_ext.manifests.findings import SEVERITIES, Finding, as_github, as_json, as_text
 from lmcache_ext.manifests.rules import RULES
+from lmcache_ext.manifests.text import File
 from lmcache_ext.manifests.tune import verb as tune_verb
 
 CLEAN, FINDINGS, UNREADABLE = 0, 1, 2
@@ -39,7 +40,8 @@ def _add_convert(verbs: Any) -> None:  # noqa: ANN401
     verb = verbs.add_parser(
         "convert",
         help="turn Helm values of production-stack into KServe manifests",
-        description="Manifests go to the standard output, what was not mapped to the standard error.",
+        description="Manifests go to the standard output, what was not mapped to the standard error, and what will not "
+        "work of the result, too. Exit code: 0, 1 where there is such, 2 where the values could not be converted.",
     )
     defaults = Options()
     verb.add_argument("values", metavar="VALUES", help="the values file, or - for the standard input")
@@ -70,12 +72,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if converted is None:
         _lines(problems, sys.stderr)
         return UNREADABLE
-    sys.stdout.write(as_manifests(converted, files[0].name))
+    text = as_manifests(converted, files[0].name)
+    sys.stdout.write(text)
     if arguments.explain:
         _lines((f"{entry.place}: {entry.path} -> {entry.target}" for entry in converted.ledger.mapped), sys.stderr)
     unmapped = (f"{entry.place}: {entry.path} not mapped: {entry.target}" for entry in converted.ledger.unmapped)
     _lines([*unmapped, *(f"note: {note}" for note in converted.ledger.notes)], sys.stderr)
-    return CLEAN
+    flaws = [one for one in check([File("output", text)]).findings if one.severity == "error"]
+    _lines(as_text(flaws), sys.stderr)
+    return FINDINGS if flaws else CLEAN
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -413,7 +413,31 @@ def test_the_program_prints_manifests_and_names_the_rest(capsys, tmp_path):
     assert {each["metadata"]["namespace"] for each in yaml.safe_load_all(captured.out)} == {"serving"}
     assert f"{values}:5:5: servingEngineSpec.modelSpec[0].repository not mapped: " in captured.err
     assert f"{values}:10:5: servingEngineSpec.modelSpec[0].requestMemory -> resources.requests.memory\n" in captured.err
+    assert "output:" not in captured.err
     bad = tmp_path / "x.yaml"
     bad.write_text("a: 1\n")
     assert main(["convert", str(bad)]) == 2
     assert main(["convert", str(tmp_path / "none")]) == 2
+
+
+def test_the_program_says_what_will_not_work_of_what_it_made(capsys, tmp_path):
+    values = tmp_path / "values.yaml"
+    values.write_text((SEEDS / "000_values.yaml").read_text().replace('requestMemory: "40Gi"', "requestMemory: plenty"))
+    assert main(["convert", str(values)]) == 1
+    captured = capsys.readouterr()
+    line = next(number for number, line in enumerate(captured.out.splitlines(), start=1) if "memory: plenty" in line)
+    assert f"output:{line}:" in captured.err
+    assert "plenty is not a quantity of Kubernetes [quantity]" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("written", "modes"),
+    [("ReadWriteMany", ["ReadWriteMany"]), ("[ReadWriteMany]", ["ReadWriteMany"]), ("''", ["ReadWriteOnce"])],
+)
+def test_access_modes_of_a_claim_with_or_without_the_list(written, modes):
+    text = (
+        f"servingEngineSpec:\n  modelSpec:\n  - {{name: a, modelURL: m, pvcStorage: 5Gi, pvcAccessMode: {written}}}\n"
+    )
+    made = convert(File("x.yaml", text), Options()).objects
+    (claim,) = [one for one in made if one["kind"] == "PersistentVolumeClaim"]
+    assert claim["spec"]["accessModes"] == modes

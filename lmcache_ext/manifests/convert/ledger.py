@@ -106,6 +106,14 @@ class Section:
             raise self._wrong(name, "a list")
         return value
 
+    def words(self, name: str, target: str) -> list[str]:
+        """A list of texts; one alone may stand without the list. Raises ManifestError for anything else."""
+        value = self.take(name, target, [])
+        found = value if isinstance(value, list) else [value] if value != "" else []
+        if not all(isinstance(item, str) for item in found):
+            raise self._wrong(name, "a text or a list of texts")
+        return found
+
     def mappings(self, name: str, target: str) -> list[Values]:
         """A list of mappings. Raises ManifestError for anything else."""
         value = self.items(name, target)

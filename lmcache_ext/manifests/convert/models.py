@@ -159,9 +159,8 @@ def write_storage(model: Model, shared: str) -> None:
     section, options = model.section, model.options
     storage = section.take("pvcStorage", "a PersistentVolumeClaim at /data")
     claim = section.take("pvcExistingClaimName", "the claim at /data")
-    extra = {
-        key: section.take(key, "the claim at /data") for key in ("pvcAccessMode", "storageClass", "pvcMatchLabels")
-    }
+    extra = {key: section.take(key, "the claim at /data") for key in ("storageClass", "pvcMatchLabels")}
+    modes = section.words("pvcAccessMode", "the claim at /data") or ["ReadWriteOnce"]
     metadata = {key: section.take(f"pvc{key.title()}", "the claim at /data") for key in ("labels", "annotations")}
     volume = f"{options.release}-storage"
     if isinstance(storage, dict):
@@ -170,8 +169,7 @@ def write_storage(model: Model, shared: str) -> None:
         name = claim or f"{options.release}-{model.name}-storage-claim"
         model.add_volume({"name": volume, "persistentVolumeClaim": {"claimName": name}}, "/data")
         if not claim:
-            model.objects.append(_claim(name, str(storage), extra, metadata))
-        modes = extra["pvcAccessMode"] or ["ReadWriteOnce"]
+            model.objects.append(_claim(name, str(storage), modes, extra, metadata))
         if model.predictor["maxReplicas"] > 1 and "ReadWriteMany" not in modes:
             model.ledger.note(f"{section.path}: replicas share a claim of {modes[0]}, as in the chart: one node only")
     if shared:
@@ -186,9 +184,9 @@ def write_storage(model: Model, shared: str) -> None:
         model.env.append({"name": "HF_HOME", "value": home})
 
 
-def _claim(name: str, size: str, extra: Values, metadata: Values) -> Values:
+def _claim(name: str, size: str, modes: list[str], extra: Values, metadata: Values) -> Values:
     spec: Values = {
-        "accessModes": extra["pvcAccessMode"] or ["ReadWriteOnce"],
+        "accessModes": modes,
         "resources": {"requests": {"storage": size}},
     }
     spec |= {"storageClassName": extra["storageClass"]} if extra["storageClass"] else {}
