@@ -348,13 +348,12 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        is_due = self.connector_scheduler is not None and self._pace.is_due()
+        if not (is_due or self._hooks.has_failures):  # a worker counts nothing else
+            return None
         return self._hooks.run("get_kv_connector_stats", self._take_stats, None)
 
     def _take_stats(self) -> KVConnectorStats | None:
-        if self.connector_scheduler is None and not self._hooks.has_failures:
-            return None  # a worker counts nothing else
-        if not self._pace.is_due() and not self._hooks.has_failures:
-            return None
         stats, self._stats = self._stats, OffloadingConnectorStats()
         for hook, count in self._hooks.take_failures().items():
             stats.increase_counter(metrics.HOOK_FAILURES, count, (hook,))
@@ -389,8 +388,10 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._hooks.run("reload", self._tuning.tick, None)
-        if not (self._metadata.load_jobs or self._has_deferred_stores()):
+        meta = self._metadata
+        if meta is not NOTHING_TO_DO:  # and it is something else in one step of 64 at least
+            self._hooks.run("reload", self._tuning.tick, False)
+        if not (meta.load_jobs or self._has_deferred_stores()):
             return
 
         def body() -> bool:
@@ -442,7 +443,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         return KVConnectorTransferResults(finished_recving=(received or set()) | failed, failed_recving=failed)
 
     def _has_failed(self) -> bool:
-        return bool(self._metadata.failed_loads or self._failed_loads or self._failed_jobs)
+        return bool(self._failed_loads or self._failed_jobs or self._metadata.failed_loads)
 
     @override
     def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
