@@ -204,7 +204,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         """
         self.settle()
         tenant, taken = tenant_of(req_context), keys
-        if (limit := self._tenants.limit(tenant)) is not None:
+        if (limit := self.tenants.limit(tenant)) is not None:
             taken = list(self._within_quota(keys, req_context, tenant, limit))
         access = self._get_request_cache_access(req_context)
         if new := [key for key in taken if key not in access.store_miss_keys]:
@@ -219,8 +219,8 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._num_write_pending_chunks += len(taken)
         self.allocation_sizes_in_current_batch.append(len(taken))
         self._record_insertion(taken, access)
-        if self._tenants.counts(tenant):
-            self._tenants.charge(tenant, taken)
+        if self.tenants.counts(tenant):
+            self.tenants.charge(tenant, taken)
         return taken, [chunk.chunk_id for chunk in chunks]
 
     def _record_insertion(self, keys: Sequence[OffloadKey], access: _RequestCacheAccess) -> None:
