@@ -97,6 +97,19 @@ class Decoder:
         """Up to `size` raw bytes, which stay."""
         return bytes(self._buffer[:size])
 
+    def may_become(self, start: bytes) -> bool:
+        """Whether it is the beginning of `start`, and not all of it yet."""
+        return len(self._buffer) < len(start) and start.startswith(self._buffer)
+
+    def skip(self, start: bytes, unlike: bytes = b"") -> bool:
+        """Use up `start`, if that is what comes next and what follows is not, or might yet be, `unlike`."""
+        if not self._buffer.startswith(start) or len(self._buffer) < len(start) + len(unlike):
+            return False
+        if unlike and self._buffer.startswith(unlike, len(start)):
+            return False
+        del self._buffer[: len(start)]
+        return True
+
     def take_into(self, view: memoryview) -> int:
         """Move raw bytes to `view`, the beginning of a payload whose length was just read; how many."""
         size = min(len(self._buffer), len(view))

@@ -3,7 +3,8 @@
     kv:<namespace, 32 hex>:<rest of the key, hex>              the object, or a manifest and the object's first part
     {kv:<namespace>:<rest>}:<generation, 32 hex>:<number>      each other part, from number 1
 
-Redis and Valkey serve 16 MiB values at half the speed of 1 MiB values, so a long object is cut. All
+Redis and Valkey serve 16 MiB values at half the speed of 1 MiB values, and Redis those of 1 MiB at two thirds of the
+speed of 256 KiB, so a long object is cut. All
 its keys have the same hash tag, so in a cluster they share one slot: a node that is lost takes its share of the
 objects, not a part of almost every one.
 
@@ -33,19 +34,19 @@ import xxhash
 from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES
 
 MANIFEST_BYTES = 48
-PART_BYTES = 1024**2
-"""32 MiB as values of 128 KiB, 512 KiB, 1, 2 and 4 MiB, four under way, GB/s on two cores of an AMD EPYC: Redis 7.0 set
-2.3, 3.5, 3.5, 3.2, 3.0, get 1.9, 2.4, 2.5, 2.7, 1.6; Valkey 9.1 set 2.3, 3.5, 3.5, 3.2, 3.0, get 3.5, 3.9, 3.6, 3.7,
-3.2."""
+PART_BYTES = 256 * 1024
+"""Of a value so long three answers fit in the server's cache while it sends them (`resp_wire.READ_AHEAD_BYTES`): four
+objects of 4 MiB come from Redis 7.0 at 1.6 GB/s in parts of 1 MiB and 2.8 in parts of 256 KiB; puts are as fast
+(benchmarks/RESULTS.md)."""
 
 WHOLE_PARTS = 1.25
-"""Objects up to so many parts long stay in one piece: a 1 MiB row has a frame before it."""
+"""Objects up to so many parts long stay in one piece: a 256 KiB row has a frame before it."""
 
 MAX_PARTS = 2**16 - 1
 NUM_SLOTS = 16384
 
 _HEAD = struct.Struct("<4sHH16sQQ")
-_MAGIC = b"KVCP"
+MAGIC = b"KVCP"
 _VERSION = 2
 
 
@@ -72,7 +73,7 @@ class Manifest:
 
     def encode(self, key: bytes) -> bytes:
         """The 48 bytes."""
-        head = _HEAD.pack(_MAGIC, _VERSION, self.num_parts, self.generation, self.num_bytes, self.part_bytes)
+        head = _HEAD.pack(MAGIC, _VERSION, self.num_parts, self.generation, self.num_bytes, self.part_bytes)
         return head + _checksum(head, key)
 
 
@@ -88,7 +89,7 @@ def new_manifest(num_bytes: int, part_bytes: int = PART_BYTES) -> Manifest:
 
 def parse_manifest(data: bytes, key: bytes) -> Manifest | None:
     """The manifest that a value begins with, or None where it does not begin with one of this key."""
-    if len(data) < MANIFEST_BYTES or not data.startswith(_MAGIC):
+    if len(data) < MANIFEST_BYTES or not data.startswith(MAGIC):
         return None
     _, version, num_parts, generation, num_bytes, part_bytes = _HEAD.unpack_from(data)
     if version != _VERSION or not part_bytes or data[40:MANIFEST_BYTES] != _checksum(data[:40], key):

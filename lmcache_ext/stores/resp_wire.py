@@ -12,7 +12,7 @@ from contextlib import suppress
 from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Floor, Pace
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
-from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, send_some
+from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, round_trip_s, send_some
 
 RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
@@ -21,7 +21,17 @@ MAX_DRAIN_BYTES = 1024**2
 """Of a payload that nobody wants: beyond it a new connection is cheaper."""
 
 AHEAD_BYTES = 4 * 1024**2
-"""Asked for and not received yet, or sent and not answered: enough that neither side waits for the other."""
+"""Sent and not answered: enough that neither side waits for the other."""
+
+READ_AHEAD_BYTES = 640 * 1024
+"""Asked for and not received yet, of a server next door. Redis copies each value into its list of replies; what is in
+the CPU's cache when it is sent costs it half (benchmarks/RESULTS.md)."""
+
+LINK_BYTES_PER_S = 4e9
+"""A server farther away is asked for so much more that a link so fast is not idle for a round trip."""
+
+MIN_AHEAD = 2
+"""Values asked for ahead, however large, or the server waits for the client after each."""
 
 MAX_AHEAD = 128
 """Values asked for ahead, however small; the server keeps the answers in its memory."""
@@ -31,6 +41,18 @@ JOINED_BYTES = 2 * 1024**2
 seconds per GB on a busy machine, two by two 0.21; alone on it the difference is within noise (benchmarks/RESULTS.md).
 Four in one call take 0.17, but that is more than socket buffers hold: the no of a server that does not read would be
 heard late."""
+
+
+_USUAL: dict[Argument, tuple[bytes, Reply]] = {
+    b"SET": (b"+OK\r\n", b"OK"),
+    b"PERSIST": (b":1\r\n", 1),
+    b"PEXPIRE": (b":1\r\n", 1),
+    b"EXPIRE": (b":1\r\n", 1),
+    b"GETRANGE": (b"$0\r\n\r\n", b""),
+}
+"""How commands are answered where all is well, and nothing was there before."""
+
+_UNKNOWN: tuple[bytes, Reply] = (b"", None)
 
 
 class Deadline:
@@ -157,18 +179,58 @@ class Wire:
         Then half of the answers are awaited, not one: each wait costs two switches of threads.
         """
         replies: list[Reply] = []
-        under_way: deque[tuple[int, int]] = deque()
+        under_way: deque[tuple[list[Argument], int]] = deque()
         ahead_bytes = 0
-        for buffers, num_commands, num_bytes in _joined(commands):
+        for buffers, names, num_bytes in _joined(commands):
             is_far_ahead = ahead_bytes + num_bytes > AHEAD_BYTES
             while is_far_ahead and ahead_bytes > AHEAD_BYTES // 2:
-                num_answers, answered_bytes = under_way.popleft()
-                replies += [self.reply(deadline) for _ in range(num_answers)]
+                answered, answered_bytes = under_way.popleft()
+                replies += self._replies(answered, deadline)
                 ahead_bytes -= answered_bytes
-            self.send(buffers, num_commands, deadline)
-            under_way.append((num_commands, num_bytes))
+            self.send(buffers, len(names), deadline)
+            under_way.append((names, num_bytes))
             ahead_bytes += num_bytes
-        return replies + [self.reply(deadline) for num_commands, _ in under_way for _ in range(num_commands)]
+        for names, _ in under_way:
+            replies += self._replies(names, deadline)
+        return replies
+
+    def _replies(self, names: Sequence[Argument], deadline: Deadline) -> list[Reply]:
+        """The replies to these commands. Where all are the usual ones they are compared, not parsed."""
+        pairs = [_USUAL.get(name, _UNKNOWN) for name in names]
+        usual = b"".join([encoded for encoded, _ in pairs])
+        try:
+            while self._decoder.may_become(usual):
+                self._feed(deadline)
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
+        if _UNKNOWN not in pairs and self._decoder.skip(usual):
+            self._num_expected -= len(pairs)
+            return [reply for _, reply in pairs]
+        return [self.reply(deadline) for _ in names]
+
+    def read_ahead_bytes(self) -> int:
+        """How much to ask for ahead, by how far away the server is."""
+        return min(AHEAD_BYTES, READ_AHEAD_BYTES + int(round_trip_s(self._socket) * LINK_BYTES_PER_S))
+
+    def take(self, expected: bytes, views: Sequence[memoryview], deadline: Deadline, *, unlike: bytes = b"") -> bool:
+        """Receive the next payload into `views` if its reply begins as `expected`, which tells its length, all of it.
+
+        Else, or where the payload begins like `unlike`, nothing is used and the reply is to be read by `length` and
+        `payload`, which know of all cases; this is the way of the usual one.
+        """
+        deadline.begin_answer()
+        try:
+            if not len(self._decoder):
+                self._feed(deadline)
+            if not self._decoder.skip(expected, unlike):
+                return False
+            end = memoryview(bytearray(2))
+            self._fill([*views, end], deadline)
+            check_end(bytes(end))
+        except (OSError, StoreError) as error:
+            raise self._failure(error, deadline) from error
+        self._num_expected -= 1
+        return True
 
     def length(self, deadline: Deadline) -> int | ErrorReply | None:
         """The length of the payload that comes next, to be read by `payload`; None or an error where none comes."""
@@ -281,20 +343,21 @@ def wire_on(sock: socket.socket, owner: object, label: str) -> Wire:
     return TlsWire(sock, owner, label) if isinstance(sock, ssl.SSLSocket) else Wire(sock, owner, label)
 
 
-def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes | memoryview], int, int]]:
-    """Buffers to send at once, how many commands they are, and how many bytes."""
+def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes | memoryview], list[Argument], int]]:
+    """Buffers to send at once, the names of the commands they are, and how many bytes."""
     buffers: list[bytes | memoryview] = []
-    num_commands = num_bytes = 0
+    names: list[Argument] = []
+    num_bytes = 0
     for command in commands:
         encoded = encode(command)
         buffers += encoded
-        num_commands += 1
+        names.append(command[0])
         num_bytes += sum(map(len, encoded))
         if num_bytes >= JOINED_BYTES:
-            yield buffers, num_commands, num_bytes
-            buffers, num_commands, num_bytes = [], 0, 0
+            yield buffers, names, num_bytes
+            buffers, names, num_bytes = [], [], 0
     if buffers:
-        yield buffers, num_commands, num_bytes
+        yield buffers, names, num_bytes
 
 
 def _received(size: int) -> int:

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 IOV_MAX = 1024
 """Linux UIO_MAXIOV: more buffers in one call are EMSGSIZE."""
 
+_MIN_RTT = struct.Struct("@148xI")  # tcpi_min_rtt of Linux' struct tcp_info, microseconds
+_NEVER_SEEN = 2**32 - 1
+
 AGAIN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS})
 """What a call says that the kernel ended for its time."""
 
@@ -67,6 +70,16 @@ def after(views: Sequence[memoryview], size: int) -> list[memoryview]:
             return [view[size:], *views[index + 1 :]]
         size -= view.nbytes
     return []
+
+
+def round_trip_s(sock: socket.socket) -> float:
+    """The shortest round trip that the kernel has seen on a TCP connection; 0 where it has seen none."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
+    except OSError:  # not TCP
+        return 0.0
+    micros: int = _MIN_RTT.unpack(info)[0] if len(info) == _MIN_RTT.size else _NEVER_SEEN
+    return 0.0 if micros == _NEVER_SEEN else micros / 1e6
 
 
 def _limit(sock: socket.socket, option: int, left_s: float) -> None:

@@ -210,8 +210,8 @@ def test_a_manifest_with_any_byte_changed_is_none(at: int, flip: int) -> None:
 
 
 def test_a_frame_before_a_row_makes_no_part_of_its_own() -> None:
-    assert [new_manifest(size * 1024**2 + 64).num_parts for size in (1, 2, 4, 32)] == [1, 2, 4, 32]
-    assert new_manifest(2 * 1024**2 + 64).part_bytes == 1024**2 + 32
+    assert [new_manifest(size * 1024**2 + 64).num_parts for size in (1, 2, 4, 32)] == [4, 8, 16, 128]
+    assert new_manifest(2 * 1024**2 + 64).part_bytes == 256 * 1024 + 8
 
 
 @given(st.integers(1, 2**50), st.integers(1, 2**31))
