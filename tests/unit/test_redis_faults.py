@@ -330,6 +330,7 @@ def test_parts_of_a_writer_that_died_expire(store: Store, client: redis.Redis, m
         new_manifest(4500).encode(key_of("another")),
         new_manifest(4500).encode(KEY)[:-1] + b"\xff",
     ],
+    ids=["0", "1", "47", "48", "49", "KVCP", "5000", "5 MiB", "another's manifest", "its manifest damaged"],
 )
 def test_foreign_values_are_told_by_length_and_left_to_the_frame(
     store: Store, client: redis.Redis, value: bytes
