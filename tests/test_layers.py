@@ -7,9 +7,9 @@ room needs a line in ``ARROWS``; a new exception to a rule needs a line here wit
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -106,6 +106,10 @@ class Source:
     text: str
     tree: ast.Module
 
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        return tuple(ast.walk(self.tree))
+
     @property
     def module(self) -> str:
         parts = Path(self.path).with_suffix("").parts
@@ -117,7 +121,7 @@ class Source:
 
     def imports(self) -> Iterator[tuple[int, str]]:
         """Yield (line, absolute dotted name) of each import; `from a import b` gives `a.b`."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -143,9 +147,21 @@ def room_of(module: str) -> str:
 
 @cache
 def sources(*folders: str) -> tuple[Source, ...]:
-    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    texts = [(path.relative_to(ROOT).as_posix(), path.read_text()) for path in files]
-    return tuple(Source(path, text, ast.parse(text, path)) for path, text in texts)
+    return tuple(parsed(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+@cache
+def parsed(file: Path) -> Source:
+    path, text = file.relative_to(ROOT).as_posix(), file.read_text()
+    return Source(path, text, ast.parse(text, path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """A million nodes that every later garbage collection would look at."""
+    yield
+    sources.cache_clear()
+    parsed.cache_clear()
 
 
 def test_there_is_something_to_read():
@@ -193,7 +209,7 @@ def test_module_is_imported_only_where_it_belongs(module):
 def test_a_client_library_is_imported_at_the_top_of_its_store(client):
     for source in sources("lmcache_ext/stores"):
         top = {id(node) for node in source.tree.body}
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Import | ast.ImportFrom) and client in imported_packages(node):
                 assert Path(source.path).stem.startswith(client), f"{source.path}:{node.lineno} imports {client}"
                 assert id(node) in top, f"{source.path}:{node.lineno} imports {client} inside a function"
@@ -258,7 +274,7 @@ def test_everything_is_caught_only_at_the_top_of_a_thread_or_process():
         f"{source.path}:{node.lineno} catches everything"
         for source in sources(*PACKAGES)
         if source.path not in MAY_CATCH_EVERYTHING
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.ExceptHandler) and catches_everything(node)
     ]
     assert not wrong, "\n".join(wrong)
@@ -279,15 +295,15 @@ def test_the_environment_is_read_in_one_place_of_each_package():
         f"{source.path}:{line} reads the environment"
         for source in sources(*PACKAGES)
         if source.room != "config" and source.path not in MAY_READ_ENVIRONMENT
-        for line in environment_reads(source.tree)
+        for line in environment_reads(source.nodes)
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def environment_reads(tree: ast.Module) -> Iterator[int]:
+def environment_reads(nodes: Sequence[ast.AST]) -> Iterator[int]:
     """Yield lines with `os.environ` or `os.getenv`, but not `os.environ[...] = ...` and its kin."""
-    writes = {id(node) for statement in ast.walk(tree) for node in written_by(statement)}
-    for node in ast.walk(tree):
+    writes = {id(node) for statement in nodes for node in written_by(statement)}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             yield from (node.lineno for alias in node.names if f"os.{alias.name}" in READS)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in READS and id(node) not in writes:
@@ -319,7 +335,7 @@ def test_functions_fit_a_screen():
     wrong = [
         f"{source.path}:{node.lineno} {node.name}: {lines} lines, at most {MAX_FUNCTION_LINES}"
         for source in sources(*EVERYTHING)
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
     ]
