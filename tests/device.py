@@ -18,7 +18,7 @@ def compiler() -> list[str]:
     """What `setup.py` would take; skips the test where there is none."""
     chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
     if not shutil.which(chosen[0]):
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler: apt-get install g++")
     return chosen
 
 

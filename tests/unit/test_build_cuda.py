@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
-        pytest.skip("no nvcc")
+        pytest.skip("no nvcc: .ci/run shows what to install")
     out = tmp_path_factory.mktemp("cuda") / "cuda.so"
     command = [sys.executable, str(ROOT / "scripts" / "build_cuda.py"), "--out", str(out)]
     built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)

@@ -25,7 +25,7 @@ def device(tmp_path_factory):
     """gather and scatter of csrc/pages_transfer.h, run on the host."""
     compiler = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
     if not shutil.which(compiler[0]):
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler: apt-get install g++")
     library = tmp_path_factory.mktemp("device") / "device.so"
     source = ROOT / "tests" / "native" / "pages_device.cpp"
     command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-o", str(library)]
