@@ -4,6 +4,7 @@ PYTHON ?= python3
 PORT ?= 8080
 MODEL ?=
 ARGS ?=
+WORKERS ?= 2
 
 PY := .venv/bin/python
 CODE := runtime lmcache_ext tests benchmarks examples scripts setup.py
@@ -16,14 +17,14 @@ setup:  ## make .venv and install everything for CPU into it; quick when nothing
 run: setup  ## serve a tiny model, or MODEL=/path, on PORT with ARGS='more flags'
 	@$(PY) scripts/run.py --model='$(MODEL)' --port=$(PORT) $(ARGS)
 
-test: setup  ## every test, the fast ones first
-	$(PY) -m pytest -m "not bench"
+test: fast  ## every test; where a fast one fails, no slow one is begun
+	@$(MAKE) --no-print-directory e2e
 
-fast: setup  ## tests that start no engine
-	$(PY) -m pytest -m "not e2e and not bench"
+fast: setup  ## tests that start no engine, by WORKERS at once; 0 is one after the other, as a debugger wants it
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not e2e and not bench"
 
 e2e: setup  ## tests that start real engines, or wait for servers to fail over
-	$(PY) -m pytest -m e2e
+	$(PY) -m pytest -m "e2e and not bench"
 
 bench: setup  ## each benchmark prints its baseline next to it
 	$(PY) benchmarks/copy_pages.py
