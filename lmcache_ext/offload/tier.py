@@ -214,7 +214,7 @@ class StoredTier(SecondaryTierManager):
         job = self._start(job_metadata, 1 if decodes else CHUNKS_PER_TASK)  # one is decoded while the next arrives
         self._loading[job.job_id] = job_metadata
         due = job.begin + self.limits.fetch_timeout_s
-        self._due.update((key, due) for key in job_metadata.keys)
+        self._due.update(dict.fromkeys(job_metadata.keys, due))
         self._submit(job, job_metadata, _in_order(job_metadata), self._fetch, urgent=True)
 
     @override
@@ -368,7 +368,8 @@ class StoredTier(SecondaryTierManager):
         """Queue chunks (key, row), a few per task."""
         assert self._rows is not None
         keys = [key for key, _ in chunks]
-        rows = [memoryview(self._rows[row]) for _, row in chunks]
+        size, all_rows = self._rows.shape[1], self._rows.data.cast("B")
+        rows = [all_rows[row * size : (row + 1) * size] for _, row in chunks]
         adapter = adapter_of(job_metadata.req_context)
         for begin in range(0, max(1, len(keys)), job.chunks_per_task):
             part = slice(begin, begin + job.chunks_per_task)
