@@ -3,10 +3,18 @@
 The files in tests/data/charts are ours: the keys and their shapes are the chart's, the values are nobody's.
 """
 
+import functools
+import operator
+import random
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lmcache_ext.errors import ManifestError
+from lmcache_ext.manifests.convert.convert import as_text, convert
+from lmcache_ext.manifests.convert.options import Options
+from lmcache_ext.manifests.text import File
 from runtime import args as runtime_args
 from tests.unit.test_convert import converted, engine, flags, settings
 
@@ -148,3 +156,41 @@ def test_adapters_and_tools_are_flags_of_vllm():
 def test_stages_of_a_pipeline():
     _, objects = of("ray")
     assert flags(engine(objects, "long"))["pipeline-parallel-size"] == "2"
+
+
+ODD = (None, [], {}, "", "x y", 7, -1, 1.5, True, ["a"], {"a": 1}, [None], [{}], "{{ .Values.x }}", "a\nb")
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_odd_values_are_carried_over_or_refused_in_one_line(odd):
+    chance = random.Random(repr(odd))
+    for path in chance.sample(sorted(CHARTS.glob("*.yaml")), 6):
+        values = yaml.safe_load(path.read_text())
+        place = chance.choice(list(places(values)))
+        owner = functools.reduce(operator.getitem, place[:-1], values)
+        owner[place[-1]] = odd
+        assert "\n" not in refusal(File(path.name, yaml.safe_dump(values)))
+
+
+def refusal(file: File) -> str:
+    """Why a file is not converted; empty where it is."""
+    try:
+        as_text(convert(file, Options()), file.name)
+    except ManifestError as error:
+        return str(error)
+    return ""
+
+
+def places(value, path=()):
+    """The ways to everything that is in a value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("key", ["secret", 1234])
+def test_an_api_key_may_look_like_a_number(key):
+    text = f"servingEngineSpec:\n  vllmApiKey: {key}\n  modelSpec:\n  - {{name: a, modelURL: m}}\n"
+    (secret,) = [one for one in convert(File("x.yaml", text), Options()).objects if one["kind"] == "Secret"]
+    assert secret["stringData"] == {"vllmApiKey": str(key)}

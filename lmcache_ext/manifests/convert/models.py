@@ -111,7 +111,7 @@ def write_env(model: Model, serving: Section) -> None:
     if token:
         model.env.insert(0, _from_secret(model, "HF_TOKEN", token, f"hf_token_{model.name}"))
     key = serving.take("vllmApiKey", f"Secret {options.secret}, env VLLM_API_KEY")
-    if key and (isinstance(key, str) or key.get("secretName")):
+    if key and (not isinstance(key, dict) or key.get("secretName")):
         model.env.append(_from_secret(model, "VLLM_API_KEY", key, "vllmApiKey"))
     for item in model.env:
         if item.get("name") in _TOKENS and isinstance(item.get("value"), str):
