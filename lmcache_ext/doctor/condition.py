@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import isfinite
 
 from lmcache_ext.doctor.findings import NEARLY_FULL, Finding, gib
 from lmcache_ext.doctor.server import CONFIG, Facts
@@ -114,10 +115,14 @@ def _tiers(facts: Facts) -> Iterator[Finding]:
 
 
 def _tenants(facts: Facts) -> Iterator[Finding]:
-    quotas = facts.by("lmcache_ext:tenant_quota_bytes", "tenant")
+    quotas = {
+        tenant: size
+        for (tenant,), size in facts.by("lmcache_ext:tenant_quota_bytes", "tenant").items()
+        if isfinite(size)
+    }  # infinite: it had one
     for name, what in (("evicted", "made way for newer ones of its own"), ("rejected", "were not kept")):
         for (tenant,), count in facts.by(f"lmcache_ext:tenant_{name}_chunks_total", "tenant").items():
-            quota = f", which is {gib(quotas[(tenant,)])}" if (tenant,) in quotas else ""
+            quota = f", which is {gib(quotas[tenant])}" if tenant in quotas else ""
             way_out = "raise it in extra_config.quotas if its prefixes come back later than that"
             yield Finding("note", f"tenant {tenant}: {count:.0f} chunks {what}, for its quota{quota}", way_out)
 

@@ -141,6 +141,8 @@ class TestNote:
         metrics = f"lmcache_ext:tenant_quota_bytes{labels} 2097152\nlmcache_ext:tenant_evicted_chunks_total{labels} 7\n"
         (note,) = notes(metrics=HEALTHY + metrics)
         assert note == "tenant team-a: 7 chunks made way for newer ones of its own, for its quota, which is 2.0 MiB"
+        (note,) = notes(metrics=HEALTHY + metrics.replace("2097152", "+Inf"))  # since then it has no quota any more
+        assert note == "tenant team-a: 7 chunks made way for newer ones of its own, for its quota"
         (note,) = notes(metrics=HEALTHY + f"lmcache_ext:tenant_rejected_chunks_total{labels} 3\n")
         assert note == "tenant team-a: 3 chunks were not kept, for its quota"
 
