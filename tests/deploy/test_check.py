@@ -29,3 +29,10 @@ def test_example_has_no_trap(folder):
     checked = check(files)
     assert checked.unreadable == ()
     assert [str(one.place) + " " + one.message for one in checked.findings if one.severity != "note"] == []
+
+
+def test_directories_themselves_have_no_trap():
+    """As a reader would try it: with what kustomize has not put together yet."""
+    for folder in (DEPLOY, EXAMPLES):
+        files, _ = read_files([str(folder)])
+        assert [str(one.place) + " " + one.message for one in check(files).findings if one.severity == "error"] == []

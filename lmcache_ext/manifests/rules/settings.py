@@ -10,11 +10,11 @@ from lmcache_ext.config_keys import EXTRA, KEYS, RENAMED, nearest
 from lmcache_ext.config_sources import shown
 from lmcache_ext.config_urls import directories
 from lmcache_ext.errors import ConfigError, ManifestError
-from lmcache_ext.manifests.bundle import Bundle
+from lmcache_ext.manifests.bundle import Bundle, Document
 from lmcache_ext.manifests.caches import OF_THE_POD, caches
 from lmcache_ext.manifests.findings import Found, Rule
 from lmcache_ext.manifests.nodes import Edits, Node, remove, rename, replace
-from lmcache_ext.manifests.pods import pods
+from lmcache_ext.manifests.pods import Container, pods
 
 _KNOWN = {*KEYS, *RENAMED, "local_device", "extra_config"}
 _PLACE = re.compile(r"settings:(?:(\d+):)? (.*)", re.DOTALL)
@@ -63,12 +63,11 @@ def _old_device(pair: Node) -> Found:
 
 
 def _values(bundle: Bundle) -> Iterator[Found]:
-    of_pods = _of_pods(bundle)
     for document in bundle.settings:
         bad = [found for pair in document.node.pairs() if (found := _bad_value(pair)) is not None]
         yield from bad
         if not bad and all(pair.name in _KNOWN for pair in document.node.pairs()):
-            yield from _bad_together(document.node, of_pods)
+            yield from _bad_together(document.node, _of_pods(bundle, document))
 
 
 def _bad_value(pair: Node) -> Found | None:
@@ -86,16 +85,16 @@ def _bad_value(pair: Node) -> Found | None:
     return None
 
 
-def _of_pods(bundle: Bundle) -> dict[str, str]:
-    """The address that no file can have, as each pod has its own: of the pods in sight, or of those that are not."""
-    given = _given(bundle)
-    return given if given or caches(bundle) else OF_THE_POD
+def _of_pods(bundle: Bundle, document: Document) -> dict[str, str]:
+    """The address that no file can have, as each pod has its own: told to those that read it, or to some elsewhere."""
+    readers = _readers(bundle, document)
+    told = {name: value for name, value in OF_THE_POD.items() if any(name in one.env for one in readers)}
+    return told if readers else OF_THE_POD
 
 
-def _given(bundle: Bundle) -> dict[str, str]:
-    """What pods in sight are told by variables."""
-    names = {name for pod in pods(bundle) for container in pod.containers for name in container.env}
-    return {name: value for name, value in OF_THE_POD.items() if name in names}
+def _readers(bundle: Bundle, document: Document) -> list[Container]:
+    """The engines that mount an LMCache file."""
+    return [cache.container for cache in caches(bundle) if cache.settings is document]
 
 
 def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
@@ -112,10 +111,12 @@ def _bad_together(node: Node, environ: dict[str, str]) -> Iterator[Found]:
 
 
 def _of_no_pod(bundle: Bundle) -> Iterator[Found]:
-    for document in () if caches(bundle) or _given(bundle) else bundle.settings:
+    told = any(OF_THE_POD.keys() & one.env.keys() for pod in pods(bundle) for one in pod.containers)
+    for document in () if told else bundle.settings:
         peer = document.node.at("enable_p2p")
-        if peer is not None and peer.text.lower() == "true" and document.node.at("p2p_host") is None:
-            message = "no p2p_host, and no engine is given here that could have it from a variable"
+        is_on = peer is not None and peer.text.lower() == "true" and document.node.at("p2p_host") is None
+        if peer is not None and is_on and not _readers(bundle, document):
+            message = "no p2p_host, and no engine that reads this and could have it from a variable is given here"
             fix = "give each LMCACHE_P2P_HOST, on Kubernetes from status.podIP; check its manifest together with this"
             yield Found(peer, message, fix)
 
