@@ -81,3 +81,10 @@ def test_serde_bench_says_where_it_is_not(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("lmcache_ext.cli.__file__", str(tmp_path / "lmcache_ext" / "cli.py"))
     assert main(["serde", "bench"]) == 2
     assert "come with a checkout" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m lmcache_ext.cli keys | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["chunk_size", "honoured"]
+    assert done.stderr == ""
