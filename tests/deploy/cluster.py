@@ -17,7 +17,17 @@ Manifest = dict[str, Any]
 
 # group and version -> (plural, kind, whether it is in a namespace)
 KINDS = {
-    "v1": [("configmaps", "ConfigMap", True), ("namespaces", "Namespace", False)],
+    "v1": [
+        ("configmaps", "ConfigMap", True),
+        ("namespaces", "Namespace", False),
+        ("persistentvolumeclaims", "PersistentVolumeClaim", True),
+        ("secrets", "Secret", True),
+        ("services", "Service", True),
+    ],
+    "apps/v1": [("deployments", "Deployment", True), ("statefulsets", "StatefulSet", True)],
+    "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy", True)],
+    "policy/v1": [("poddisruptionbudgets", "PodDisruptionBudget", True)],
+    "monitoring.coreos.com/v1": [("podmonitors", "PodMonitor", True), ("prometheusrules", "PrometheusRule", True)],
     "serving.kserve.io/v1alpha1": [("clusterservingruntimes", "ClusterServingRuntime", False)],
     "serving.kserve.io/v1beta1": [("inferenceservices", "InferenceService", True)],
 }
@@ -88,9 +98,11 @@ def _discovery(path: str) -> Manifest | None:
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
-        versions = [{"groupVersion": one, "version": one.partition("/")[2]} for one in KINDS if "/" in one]
-        group = {"name": "serving.kserve.io", "versions": versions, "preferredVersion": versions[-1]}
-        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": [group]}
+        groups = []
+        for name in dict.fromkeys(one.partition("/")[0] for one in KINDS if "/" in one):
+            versions = [{"groupVersion": one, "version": one[len(name) + 1 :]} for one in KINDS if one.startswith(name)]
+            groups.append({"name": name, "versions": versions, "preferredVersion": versions[-1]})
+        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
     if path == "/openapi/v3":
         return {"paths": {_root(one)[1:]: {"serverRelativeURL": f"/openapi/v3{_root(one)}"} for one in KINDS}}
     for version, kinds in KINDS.items():

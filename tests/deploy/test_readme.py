@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,15 @@ def test_what_is_applied_is_what_is_built():
             assert output == [f"{name} created" for name in built]
 
 
+def kubectl_commands(readme: Path) -> list[str]:
+    """The indented lines of a README that call kubectl, comments off."""
+    lines = [line.strip().partition("   #")[0] for line in readme.read_text().splitlines() if line.startswith("    ")]
+    return [line.strip() for line in lines if line.startswith("kubectl ")]
+
+
+READMES = [path for path in (ROOT / "deploy/README.md", *ROOT.glob("examples/*/README.md")) if kubectl_commands(path)]
+
+
 @pytest.fixture
 def type_in(tmp_path):
     """Runs a command of the README in a shell whose kubectl talks to a cluster; (exit code, output, the cluster)."""
@@ -71,9 +81,9 @@ def type_in(tmp_path):
             "REGISTRY": "r.example.org",
         }
 
-        def run(command: str) -> tuple[int, str, Cluster]:
+        def run(command: str, folder: Path = ROOT) -> tuple[int, str, Cluster]:
             options = {"shell": True, "capture_output": True, "text": True, "timeout": 60, "check": False}
-            done = subprocess.run(command, cwd=ROOT, env=env, **options)
+            done = subprocess.run(command, cwd=folder, env=env, **options)
             return done.returncode, done.stdout + done.stderr, cluster
 
         yield run
@@ -89,6 +99,25 @@ def test_kubectl_says_what_is_shown(type_in):
     runtimes = [one for one in cluster.objects.values() if one["kind"] == "ClusterServingRuntime"]
     images = {box["image"].partition("/")[0] for one in runtimes for box in one["spec"]["containers"]}
     assert images == {"r.example.org"}
+
+
+@pytest.mark.e2e  # a second for each
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_other_readmes_commands_create_all_they_name(type_in, readme):
+    for command in kubectl_commands(readme):
+        if command.startswith("kubectl create"):  # which sends protobuf
+            command += " --dry-run=client -o yaml | kubectl apply -f -"
+        code, said, _ = type_in(command, readme.parent)
+        assert code == 0, f"{command}: {said}"
+        assert all(line.endswith(" created") for line in said.splitlines()), said
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("overlay", sorted((ROOT / "deploy/overlays").iterdir()), ids=lambda path: path.name)
+def test_every_overlay_is_applied_whole(type_in, overlay):
+    code, said, cluster = type_in(f"kubectl apply -k {overlay}")
+    assert (code, cluster.refused) == (0, []), said
+    assert len(said.splitlines()) == len(build(overlay))
 
 
 def test_that_cluster_takes_nothing_that_its_schemas_do_not_know(type_in):
