@@ -45,6 +45,7 @@ from tests.far_tier import (
 )
 from tests.faulty_proxy import Fault
 from tests.servers import until
+from tests.stopwatch import Stopwatch
 
 FAST = ("redis", "lm")
 ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.e2e) for name in STARTERS]
@@ -139,9 +140,9 @@ def test_a_backend_that_fails(bench: Bench, phase: str, kind: str, caplog: pytes
     bench.backend.behave()
     until(lambda: not bench.guarded.is_open(READ) and works(bench), "works again by itself", 15)
     assert bench.load_chunk(key)
+    until(lambda: told(caplog)[-1] == "on", "says so", 5)
     changes = told(caplog)
     assert changes == ["off", "on"] * (len(changes) // 2), "one line per change of state"
-    assert len(changes) >= 2
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,7 +152,7 @@ def test_many_requests_before_a_backend_that_hangs_wait_together(backends: dict[
         bench.backend.behave(Fault("hang"))
         waiting = {request: ReqContext(f"many {request}", None) for request in range(64)}
         keys = {request: [new_key() for _ in range(4)] for request in waiting}
-        started_at = time.monotonic()
+        watch = Stopwatch()
         while waiting:
             for request, context in list(waiting.items()):
                 found = [bench.tier.lookup(key, context) for key in keys[request]]
@@ -160,7 +161,7 @@ def test_many_requests_before_a_backend_that_hangs_wait_together(backends: dict[
                     bench.tier.on_request_finished(waiting.pop(request))
             bench.tier.on_schedule_end(STEP)
             time.sleep(0.001)
-        assert time.monotonic() - started_at < LOOKUP_S + SLACK_S
+        assert watch.took_s() < LOOKUP_S + SLACK_S
         until(lambda: bench.guarded.is_open(READ), "the breaker is open", 5)
 
 
@@ -200,9 +201,9 @@ def test_a_fetch_that_stops_in_the_middle_costs_a_moment_and_not_its_deadline(
         for _ in range(2):
             assert bench.look(key) is LookupResult.HIT
             assert not bench.guarded.is_open(READ)
-            started_at = time.monotonic()
+            watch = Stopwatch()
             assert not bench.load_chunk(key)
-            assert time.monotonic() - started_at < STALL_S + SLACK_S
+            assert watch.took_s() < STALL_S + SLACK_S
         assert bench.guarded.is_open(READ), "two are enough"
         assert_costs_nothing(bench, key)
         assert bench.counted(metrics.STORE_FAILURES)["read.StoreStalled"] == 2
@@ -221,10 +222,10 @@ def test_a_long_prompt_waits_once_for_a_fetch_that_stops_in_the_middle(backends:
             assert bench.store_chunk(key).success
         bench.backend.behave(Fault("stall", beyond=SMALL, way="down"))
         rows, context = np.arange(NUM_ROWS, dtype=np.int32), ReqContext("long", None)
-        started_at = time.monotonic()
+        watch = Stopwatch()
         bench.tier.submit_load(TransferJob(0, keys, rows, is_promotion=True, req_context=context))
         assert bench.pool.drain(10)
-        assert time.monotonic() - started_at < 2 * STALL_S + SLACK_S
+        assert watch.took_s() < 2 * STALL_S + SLACK_S
         (result,) = bench.tier.get_finished_jobs()
         assert not result.success
         assert result.successful_keys == []
@@ -339,6 +340,7 @@ def test_a_backend_that_restarts_is_used_again(own: Bench, caplog: pytest.LogCap
     for node in own.backend.nodes:
         node.start()
     until(lambda: works(own), "works again by itself", 20)
+    until(lambda: told(caplog)[-1] == "on", "says so", 5)
     changes = told(caplog)
     assert changes == ["off", "on"] * (len(changes) // 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ class Neighbour:
         self.rows = np.frombuffer(random.Random(name).randbytes(NUM_ROWS * ROW_BYTES), np.uint8).copy()
         self.rows = self.rows.reshape(NUM_ROWS, ROW_BYTES)
         self.holdings = Holdings(lambda: None)
+        self.pull = None
         self.port = free_port()
         self.server = PeerServer(
             host,
@@ -48,12 +50,18 @@ class Neighbour:
         if controller is not None:
             said = {"instance": name, "boot": os.urandom(4).hex(), "namespace": NAMESPACE.hex()}
             said |= {"peer_url": peer_url or str(Address(host, self.port)), "lookup_url": "127.0.0.1:1"}
-            session = Talker(controller.ports["reply"]).say("register", **said)["session"]
+            with closing(Talker(controller.ports["reply"])) as talker:
+                session = talker.say("register", **said)["session"]
             self.pull = Talker(controller.ports["pull"])
             self.pull.say("attach", session=session)
             self.pull.say("begin_sync", number=1)
             self.pull.say("end_sync", number=2, total=0)
             self.number = 2
+
+    def close(self):
+        self.server.close()
+        if self.pull is not None:
+            self.pull.close()
 
     def hold(self, number, row, *, told=True):
         self.holdings.add([(key(number), row)], None)
@@ -72,7 +80,7 @@ def controller():
 def neighbour(controller):
     made = Neighbour(controller)
     yield made
-    made.server.close()
+    made.close()
 
 
 @pytest.fixture
@@ -116,7 +124,7 @@ def test_a_peer_is_reached_over_ipv6(controller, store, told):
     neighbour = Neighbour(controller, host=peer.host)
     neighbour.hold(1, 3)
     assert fetch(store, 1)[1] == [neighbour.rows[3].tobytes()]
-    neighbour.server.close()
+    neighbour.close()
 
 
 def test_each_chunk_comes_from_the_peer_that_has_it(controller, neighbour, store):
@@ -124,7 +132,7 @@ def test_each_chunk_comes_from_the_peer_that_has_it(controller, neighbour, store
     neighbour.hold(1, 0)
     other.hold(2, 0)
     assert fetch(store, 1, 2)[1] == [neighbour.rows[0].tobytes(), other.rows[0].tobytes()]
-    other.server.close()
+    other.close()
 
 
 def test_what_the_peer_has_evicted_meanwhile_is_a_miss(neighbour, store):
@@ -148,7 +156,7 @@ def test_a_peer_that_hangs_is_a_miss_within_the_deadline(controller):
         store = PeerStore(place, instance="me", worker=0, lookup_timeout_s=1.0, timeout_s=0.3)
         assert fetch(store, 1) == ([True], [None])
         store.close()
-        liar.server.close()
+        liar.close()
 
 
 @pytest.mark.parametrize("url", ["nowhere", "localhost:0", "a,b:1", "http://x:1", "127.0.0.1:1/path?x=1"])
@@ -156,7 +164,7 @@ def test_an_address_that_is_none_is_a_miss(controller, store, url):
     liar = Neighbour(controller, "liar", peer_url=url)
     liar.hold(1, 0)
     assert fetch(store, 1)[1] == [None]
-    liar.server.close()
+    liar.close()
 
 
 def test_a_peer_that_sends_other_bytes_is_found_out(controller, store):
@@ -178,14 +186,14 @@ def test_a_peer_that_sends_other_bytes_is_found_out(controller, store):
     ).open()
     liar.hold(1, 0)
     assert fetch(store, 1) == ([True], [None])
-    liar.server.close()
+    liar.close()
 
 
 def test_this_engine_is_not_its_own_peer(controller, store):
     me = Neighbour(controller, "me")
     me.hold(1, 0)
     assert fetch(store, 1) == ([False], [None])
-    me.server.close()
+    me.close()
 
 
 def test_a_controller_that_is_away_is_a_failure_and_one_that_is_back_is_asked_again(controller, store):
@@ -213,7 +221,7 @@ def test_the_token_of_the_controller_is_that_of_peers(tmp_path):
             store = open_store(controller, file)
             assert fetch(store, 1)[1] == [expected]
             store.close()
-        neighbour.server.close()
+        neighbour.close()
 
 
 def test_an_emptied_token_file_opens_no_memory(tmp_path):
@@ -224,7 +232,7 @@ def test_an_emptied_token_file_opens_no_memory(tmp_path):
         store = open_store(controller)
         assert fetch(store, 1)[1] == [None]
         store.close()
-        neighbour.server.close()
+        neighbour.close()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +250,7 @@ class TestServer:
     def alone(self):
         made = Neighbour()
         yield made
-        made.server.close()
+        made.close()
 
     def test_speaks_the_protocol_of_the_cache_server(self, alone):
         alone.hold(1, 2, told=False)
@@ -284,7 +292,7 @@ class TestServer:
         alone.hold(1, 2, told=False)
         client = LMServerStore(Address("127.0.0.1", alone.port), Settings(timeout_s=2.0))
         assert client.exists([NAMESPACE + key(1)]) == [True]
-        alone.server.close()
+        alone.close()
         assert not alone.server._open
         with pytest.raises(StoreError):
             client.exists([NAMESPACE + key(1)])
