@@ -138,6 +138,10 @@ class LMCacheConnectorV1(OffloadingConnector):
         extra[settings.WORKER] = vllm_config.parallel_config.data_parallel_rank
         for note in self._settings.config.notes:
             logger.info("%s", note)
+        if (role := vllm_config.kv_transfer_config.kv_role) != "kv_both":
+            logger.warning(
+                "kv_role %s is taken for kv_both: every engine loads and stores; freeze: true only loads", role
+            )
         logger.info("%s", start_line(self._settings, name))
         return name, parts
 

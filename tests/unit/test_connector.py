@@ -61,6 +61,17 @@ def warm(make_engine):
     return engine
 
 
+@pytest.mark.parametrize(("role", "warnings"), [("kv_both", 0), ("kv_consumer", 1), ("kv_producer", 1)])
+def test_half_a_role_is_said_to_be_the_whole(vllm_config, make_engine, monkeypatch, role, warnings):
+    said = []
+    monkeypatch.setattr(connector_module.logger, "warning", lambda text, *words: said.append(text % words))
+    monkeypatch.setattr(vllm_config.kv_transfer_config, "kv_role", role)
+    engine = make_engine()
+    engine.compute("first", [1, 2, 3, 4, 5, 6, 7])
+    assert engine.match(engine.request("second")) == 96
+    assert sum(f"kv_role {role} is taken for kv_both" in line for line in said) == warnings
+
+
 def fail(*args, **kwargs):
     raise RuntimeError("a bug")
 
