@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from examples.tiny_model import build
+from lmcache_ext import cli
 from tests.e2e.server import MODELS, ROOT, Server, cached_tokens
 
 pytestmark = pytest.mark.e2e
@@ -33,6 +34,16 @@ def server(model):
 
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
+
+
+def test_doctor_says_that_the_cache_is_off_and_nothing_is_explained_unless_enabled(server, capsys, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    assert cli.main(["doctor", server.url, "--api-key-file", str(key), "--prompt", "hello"]) == 1
+    said = capsys.readouterr().out
+    assert "problem: the cache is off: /metrics has nothing of it\n" in said
+    off = "/lmcache/v1/explain is off: start the server with --enable_lmcache_endpoints"
+    assert f"note: this request could not be explained: {off}\n" in said
 
 
 @pytest.mark.parametrize("path", ["/openai/v1/completions", "/v1/completions", "/completions"])
