@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from lmcache_ext.offload import metrics
 from lmcache_ext.stores.guard import READ
 from lmcache_ext.stores.lmserver_shards import ShardedStore
-from tests.far_tier import LOOKUP_S, NAMESPACE, ROW_BYTES, SLACK_S, SMALL, Backend, Bench, bench_on, lm, new_key
+from tests.far_tier import LOOKUP_S, NAMESPACE, ROW_BYTES, SMALL, Backend, Bench, bench_on, lm, new_key
 from tests.faulty_proxy import Fault
 from tests.servers import until
 
@@ -63,6 +64,13 @@ def stored(bench: Bench) -> tuple[list[OffloadKey], list[OffloadKey]]:
     return hung, fine
 
 
+def lookup_s(bench: Bench, names: Sequence[bytes], num_there: int) -> float:
+    """Seconds that a lookup takes, of which the first `num_there` names must be there and the others a miss."""
+    started_at = time.monotonic()
+    assert bench.guarded.exists(names) == [True] * num_there + [False] * (len(names) - num_there)
+    return time.monotonic() - started_at
+
+
 def works_again(bench: Bench, hung: Sequence[OffloadKey]) -> None:
     bench.backend.behave()
     until(lambda: are_off(bench) == [False] * 3, "it is asked again", BACK_S)
@@ -77,16 +85,15 @@ def test_a_server_that_accepts_and_never_answers_costs_its_keys_only(
     names = [NAMESPACE + bytes(key) for key in (*fine, *hung)]
     bench.backend.proxies[HUNG].drop_connections()
     bench.backend.proxies[HUNG].behave(Fault("hang"))
+    times_s = []
     for _ in range(5):
         assert are_off(bench) == [False] * 3
-        started_at = time.monotonic()
-        assert bench.guarded.exists(names) == [True] * len(fine) + [False] * len(hung)
-        assert time.monotonic() - started_at < LOOKUP_S + SLACK_S
+        times_s.append(lookup_s(bench, names, len(fine)))
+    assert min(times_s) < 2 * LOOKUP_S, "one deadline, of the keys of one server"
     assert are_off(bench) == [index == HUNG for index in range(3)]
     assert bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"] == 5
-    started_at = time.monotonic()
-    assert bench.guarded.exists(names) == [True] * len(fine) + [False] * len(hung)
-    assert time.monotonic() - started_at < LOOKUP_S / 2, "nobody waits for it any more"
+    times_s = [lookup_s(bench, names, len(fine)) for _ in range(5)]
+    assert min(times_s) < LOOKUP_S / 2, "nobody waits for it any more"
     assert all(bench.look(key) is LookupResult.HIT and bench.load_chunk(key) for key in fine)
     assert all(bench.look(key) is LookupResult.MISS for key in hung)
     works_again(bench, hung)
@@ -103,7 +110,7 @@ def test_a_server_that_stops_in_the_middle_of_a_fetch_costs_its_chunks_only(benc
     started_at = time.monotonic()
     bench.tier.submit_load(TransferJob(0, keys, rows, is_promotion=True, req_context=context))
     assert bench.pool.drain(10)
-    assert time.monotonic() - started_at < 2 * LONG["stall_timeout_s"] + SLACK_S
+    assert time.monotonic() - started_at < LONG["request_timeout_s"] / 4, "given up long before its deadline"
     (result,) = bench.tier.get_finished_jobs()
     assert set(result.successful_keys or ()) == set(fine)
     until(lambda: bench.counted(metrics.STORE_FAILURES)["read.StoreStalled"] >= 1, "counted")
@@ -120,10 +127,8 @@ def test_writes_that_a_server_does_not_take_hold_up_no_lookup_of_the_others(benc
     for writer in writers:
         writer.start()
     until(bench.backend.proxies[HUNG].has_struck.is_set, "one of them is held up", 5)
-    for _ in range(10):
-        started_at = time.monotonic()
-        assert bench.guarded.exists(names[: len(fine)]) == [True] * len(fine)
-        assert time.monotonic() - started_at < LOOKUP_S
+    times_s = [lookup_s(bench, names[: len(fine)], len(fine)) for _ in range(10)]
+    assert statistics.median(times_s) < LOOKUP_S
     assert any(writer.is_alive() for writer in writers)
     bench.backend.proxies[HUNG].behave()
     for writer in writers:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,13 +18,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from lmcache_ext.errors import StoreError, StoreUnavailable
+from lmcache_ext.errors import StoreError, StoreStalled, StoreUnavailable
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.registry import open_store
 from lmcache_ext.stores.resp_parts import redis_key, slot_of
 from tests import servers
 from tests.contracts.store_contract import StoreContract, get, key_of, views
+from tests.faulty_proxy import Fault, Proxy
 from tests.unit.test_redis import RedisBypass, closing, emptied
+from tests.unit.test_redis_faults import opened
 
 PEM = serialization.Encoding.PEM
 
@@ -93,6 +98,25 @@ def test_a_certificate_of_another_host_is_refused(scheme: str, tls_server: serve
     with pytest.raises(StoreUnavailable, match="mismatch"):
         store.ping()
     store.close()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_a_fetch_over_tls_that_stops_in_the_middle_has_stalled(
+    scheme: str, tls_server: servers.Server, certificates: Path
+) -> None:
+    data = os.urandom(1024**2)
+    with contextlib.closing(Proxy(tls_server.port)) as proxy, ExitStack() as stack:
+        url = f"{scheme}://kv:s3cret@{proxy.address}?ssl_ca_certs={certificates / 'ca.pem'}"
+        store = stack.enter_context(opened(url, request_timeout_s=30.0, stall_timeout_s=0.1))
+        store.put(key_of("stalls"), views(data))
+        proxy.behave(Fault("stall", beyond=8192, way="down"))
+        started_at = time.monotonic()
+        with pytest.raises(StoreStalled, match="stopped in the middle"):
+            get(store, key_of("stalls"), len(data))
+        assert time.monotonic() - started_at < 15, "given up long before its deadline"
+        assert proxy.has_struck.is_set()
+        proxy.behave()
+        assert get(store, key_of("stalls"), len(data)) == data
 
 
 def test_a_plain_client_of_a_tls_server_is_unavailable(tls_server: servers.Server) -> None:
