@@ -22,7 +22,7 @@ from lmcache_ext.errors import StoreError, StoreFull
 from lmcache_ext.stores.resp import Argument, ErrorReply, Reply, encode
 from lmcache_ext.stores.resp_parts import MAGIC, MANIFEST_BYTES, WHOLE_PARTS, Manifest, parse_manifest, redis_key
 from lmcache_ext.stores.resp_topology import error_of
-from lmcache_ext.stores.resp_wire import MAX_AHEAD, MIN_AHEAD, NEAR_READ_BYTES, Deadline, Wire
+from lmcache_ext.stores.resp_wire import MAX_AHEAD, MIN_AHEAD, Deadline, Wire
 from lmcache_ext.stores.sockets import cut
 
 Command = Sequence[Argument]
@@ -122,7 +122,7 @@ class Reader:
 
     def read(self, readings: Sequence[Reading]) -> None:
         """End all readings, but for those behind a foreign value too long to be worth draining."""
-        self._window_bytes = self.wire.ahead_bytes(NEAR_READ_BYTES)
+        self._window_bytes = self.wire.read_ahead_bytes()
         for reading in readings:
             self._todo.append(_Piece(reading, 0, redis_key(reading.key), min(reading.room, self.part_bytes)))
         while self._todo or self._asked:

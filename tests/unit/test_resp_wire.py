@@ -16,7 +16,7 @@ from lmcache_ext.stores import resp_wire
 from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.resp import ErrorReply, Reply
 from lmcache_ext.stores.resp_parts import MAGIC, PART_BYTES, new_manifest
-from lmcache_ext.stores.resp_wire import FAR_AHEAD_BYTES, NEAR_READ_BYTES, Deadline, PacedDeadline, Wire
+from lmcache_ext.stores.resp_wire import AHEAD_BYTES, READ_AHEAD_BYTES, Deadline, PacedDeadline, Wire
 from lmcache_ext.stores.sockets import round_trip_s
 from tests.contracts.store_contract import Landing, key_of
 from tests.unit.test_redis_faults import opened, played
@@ -120,10 +120,10 @@ def test_a_payload_that_stops_in_the_middle_has_stalled() -> None:
 
 def test_a_far_server_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     with wired(b"") as wire:
-        assert wire.ahead_bytes(NEAR_READ_BYTES) == NEAR_READ_BYTES, "a Unix socket is near"
-        for micros, expected in ((100, NEAR_READ_BYTES + 400_000), (1000, FAR_AHEAD_BYTES)):
+        assert wire.read_ahead_bytes() == READ_AHEAD_BYTES, "a Unix socket is near"
+        for micros, expected in ((100, READ_AHEAD_BYTES + 400_000), (1000, AHEAD_BYTES)):
             monkeypatch.setattr(resp_wire, "round_trip_s", lambda _, micros=micros: micros / 1e6)
-            assert wire.ahead_bytes(NEAR_READ_BYTES) == expected
+            assert wire.read_ahead_bytes() == expected
 
 
 def test_the_kernel_tells_the_round_trip() -> None:
