@@ -36,7 +36,7 @@ from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES
 MANIFEST_BYTES = 48
 PART_BYTES = 256 * 1024
 """Of a value so long three answers fit in the server's cache while it sends them (`resp_wire.READ_AHEAD_BYTES`): four
-objects of 4 MiB come from Redis 7.0 at 1.6 GB/s in parts of 1 MiB and 2.8 in parts of 256 KiB; puts are as fast
+objects of 4 MiB come from Redis 7.0 at 2.7 GB/s in parts of 1 MiB and 4.1 in parts of 256 KiB; puts are a tenth slower
 (benchmarks/RESULTS.md)."""
 
 WHOLE_PARTS = 1.25

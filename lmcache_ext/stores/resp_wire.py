@@ -38,7 +38,7 @@ MAX_AHEAD = 128
 
 JOINED_BYTES = 2 * 1024**2
 """So many bytes of commands travel in one system call. Four SETs of 1 MiB, each in a call of its own, take 0.29 CPU
-seconds per GB on a busy machine, two by two 0.21; alone on it the difference is within noise (benchmarks/RESULTS.md).
+seconds per GB on a busy machine, two by two 0.21; alone on it the difference is within noise.
 Four in one call take 0.17, but that is more than socket buffers hold: the no of a server that does not read would be
 heard late."""
 
