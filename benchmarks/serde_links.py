@@ -1,8 +1,9 @@
 """Time to first token of a prefix that comes over a slow link, for each serde; next to computing it.
 
-Run: ``python benchmarks/serde_links.py [--repeats 5] [--dtype float32]``. Each serde has an engine, on one server; a
-proxy between them lets through so many bits a second, all connections together. The model is the trained one of
-`benchmarks/tiny_llama.py`. Before each measurement everything near is forgotten: vLLM's prefix cache and host memory.
+Run: ``python benchmarks/serde_links.py [--repeats 5] [--dtype float32] [--serdes naive cachegen]``. Each serde has an
+engine, on one server; a proxy between them lets through so many bits a second, all connections together. The model is
+the trained one of `benchmarks/tiny_llama.py`. Before each measurement everything near is forgotten: vLLM's prefix cache
+and host memory.
 """
 
 from __future__ import annotations
@@ -130,14 +131,14 @@ def measure(serde: str, model: Path, link: PacedLink, options: argparse.Namespac
 def table(rows: Rows) -> str:
     columns = [f"{gigabits:g} Gbit/s" for gigabits in GIGABITS]
     lines = [
-        "| TTFT, ms (share of naive) | " + " | ".join(columns) + " | computed |",
+        f"| TTFT, ms (share of {next(iter(rows))}) | " + " | ".join(columns) + " | computed |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for serde, seconds in rows.items():
         cells = []
         for column in columns:
-            mine, naive = (statistics.median(rows[name][column]) for name in (serde, "naive"))
-            cells.append(f"{mine * 1e3:.0f} ({mine / naive:.0%})")
+            mine, first = (statistics.median(rows[name][column]) for name in (serde, next(iter(rows))))
+            cells.append(f"{mine * 1e3:.1f} ({mine / first:.0%})")
         lines.append(f"| {serde} | {' | '.join(cells)} | {statistics.median(seconds['computed']) * 1e3:.0f} |")
     return "\n".join(lines)
 
@@ -147,11 +148,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", help="bfloat16 where the CPU computes it")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="the one the model computes on")
+    parser.add_argument("--serdes", nargs="+", default=SERDES, help="the others are compared with the first")
     options = parser.parse_args()
     model = trained()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         link = PacedLink(start_server(stack))
-        rows = {serde: measure(serde, model, link, options, Path(directory, serde)) for serde in SERDES}
+        rows = {serde: measure(serde, model, link, options, Path(directory, serde)) for serde in options.serdes}
     print(f"{TOKENS} tokens, {CHUNKS * CHUNK} of them fetched, {options.dtype}, core {options.core}")
     print(table(rows))
 

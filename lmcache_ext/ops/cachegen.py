@@ -56,6 +56,12 @@ def bound(layout: Layout) -> int:
     return layout.row_bytes + 24 + layout.layers * (8 + 2 * (4 * layout.heads + 136 * streams) + 4 * lines)
 
 
+def check_bins(layout: Layout, bins: Bins) -> None:
+    """Raise ValueError for bins of other layers, or that are no bins."""
+    if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
+        raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
+
+
 def encode(layout: Layout, bins: Bins, row: memoryview, isa: int = 0) -> memoryview:
     """The payload of a row of `layout.row_bytes`; with half the bins, or less, where it would exceed `bound`.
 
@@ -63,8 +69,7 @@ def encode(layout: Layout, bins: Bins, row: memoryview, isa: int = 0) -> memoryv
     """
     source = call.row_of(layout, row)
     call.check_isa(isa, instruction_sets())
-    if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
-        raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
+    check_bins(layout, bins)
     out = np.empty(bound(layout) + _SLACK_BYTES, dtype=np.uint8)  # mostly untouched, so mostly no memory
     while True:
         steps = np.ascontiguousarray(bins)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmcache_ext.errors import FrameError
 from lmcache_ext.ops import call, native
-from lmcache_ext.ops.cachegen import REFUSALS, Bins
+from lmcache_ext.ops.cachegen import REFUSALS, Bins, check_bins
 from lmcache_ext.ops.chunks_cuda import LAYOUT, Chunk, Memory, array_of, image, judge, present
 from lmcache_ext.ops.layout import Layout
 from lmcache_ext.ops.table import Bytes, Int64s
@@ -33,8 +33,7 @@ def available() -> bool:
 def tables(layout: Layout, bins: Bins | None = None) -> Bytes:
     """The image that every call reads, for the caller to copy to the GPU; without bins it is for `decode` alone."""
     bins = np.ones((layout.layers, 2), dtype=np.float32) if bins is None else np.ascontiguousarray(bins)
-    if bins.shape != (layout.layers, 2) or bins.dtype != np.float32 or not (bins > 0).all():
-        raise ValueError(f"bins: {bins.dtype} {bins.shape}, expected positive float32 {(layout.layers, 2)}")
+    check_bins(layout, bins)
     filled = image(int(_loaded().kvx_cuda_cachegen_tables_bytes(layout.struct)))
     judge(int(_loaded().kvx_cuda_cachegen_tables(layout.struct, bins.ctypes.data, filled.ctypes.data)))
     return filled
