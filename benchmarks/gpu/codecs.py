@@ -30,7 +30,7 @@ from lmcache_ext.ops.chunks_cuda import Chunk, Memory
 from lmcache_ext.ops.layout import DTYPES, ELEMENT_BYTES, Dtype, Layout, dense_cells, token_rows
 
 TARGET_GB_S = 20.0
-KEY_BINS, VALUE_BINS = 48.0, 14.0  # the defaults of the serde
+KEY_BINS, VALUE_BINS = 62.0, 15.0  # the defaults of the serde
 DAMAGED = 100  # payloads of each codec, some of them decoded to other rows all the same
 
 

@@ -2,7 +2,7 @@
 minds less, differences between tokens where they are alike, entropy coding. Format in README.md.
 
 How coarse is a number of bins for the keys and one for the values of each layer: so many steps cover eight standard
-deviations. The defaults, 48 and 14, come from `benchmarks/serde.py`: errors of keys cost ten times what errors of
+deviations. The defaults, 62 and 15, come from `benchmarks/serde.py`: errors of keys cost ten times what errors of
 values do, and the paper's finer first layers gained nothing there.
 """
 
