@@ -39,6 +39,7 @@ from lmcache_ext.offload.parts import Part, Parts
 from lmcache_ext.ops import pages, pages_fp8
 from lmcache_ext.ops.page_shape import PageShape
 from lmcache_ext.ops.table import Bytes
+from lmcache_ext.ops.tiles import ask_for_tiles
 
 logger = init_logger("vllm.lmcache_ext.offload.copier")
 
@@ -85,6 +86,7 @@ class HostPageCopier(OffloadingWorker):
         self._pending: set[int] = set()
         self._work: _Work | None = None
         self._failed: set[int] = set()
+        ask_for_tiles()
         logger.info("Copying KV pages with the %s copier%s", pages.backend(), "" if shape is None else ", as fp8")
         self._thread = threading.Thread(target=self._run, name="lmcache_ext-copier", daemon=True)
         self._thread.start()

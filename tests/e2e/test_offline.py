@@ -1,4 +1,8 @@
-"""Without a server: a script that makes its engine itself, one process after the other, as LMCache's examples do."""
+"""Without a server: a script that makes its engine itself, one process after the other, as LMCache's examples do.
+
+The second has nothing to compute but one token, with which vLLM's attention dies on a CPU with AMX that nobody
+asked for.
+"""
 
 from __future__ import annotations
 
