@@ -91,7 +91,7 @@ def test_a_server_that_accepts_and_never_answers_costs_its_keys_only(
         times_s.append(lookup_s(bench, names, len(fine)))
     assert min(times_s) < 2 * LOOKUP_S, "one deadline, of the keys of one server"
     assert are_off(bench) == [index == HUNG for index in range(3)]
-    assert bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"] == 5
+    assert bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"] >= 5, "and what the guard has asked since"
     times_s = [lookup_s(bench, names, len(fine)) for _ in range(5)]
     assert min(times_s) < LOOKUP_S / 2, "nobody waits for it any more"
     assert all(bench.look(key) is LookupResult.HIT and bench.load_chunk(key) for key in fine)
