@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from threading import Thread
@@ -17,9 +15,10 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from lmcache_ext.offload import metrics
 from lmcache_ext.stores.guard import READ
 from lmcache_ext.stores.lmserver_shards import ShardedStore
-from tests.far_tier import LOOKUP_S, NAMESPACE, ROW_BYTES, SMALL, Backend, Bench, bench_on, lm, new_key
+from tests.far_tier import LOOKUP_S, NAMESPACE, ROW_BYTES, SLACK_S, SMALL, Backend, Bench, bench_on, lm, new_key
 from tests.faulty_proxy import Fault
 from tests.servers import until
+from tests.stopwatch import Stopwatch
 
 NUM_KEYS = 12
 HUNG = 1
@@ -66,9 +65,9 @@ def stored(bench: Bench) -> tuple[list[OffloadKey], list[OffloadKey]]:
 
 def lookup_s(bench: Bench, names: Sequence[bytes], num_there: int) -> float:
     """Seconds that a lookup takes, of which the first `num_there` names must be there and the others a miss."""
-    started_at = time.monotonic()
+    watch = Stopwatch()
     assert bench.guarded.exists(names) == [True] * num_there + [False] * (len(names) - num_there)
-    return time.monotonic() - started_at
+    return watch.took_s()
 
 
 def works_again(bench: Bench, hung: Sequence[OffloadKey]) -> None:
@@ -85,15 +84,13 @@ def test_a_server_that_accepts_and_never_answers_costs_its_keys_only(
     names = [NAMESPACE + bytes(key) for key in (*fine, *hung)]
     bench.backend.proxies[HUNG].drop_connections()
     bench.backend.proxies[HUNG].behave(Fault("hang"))
-    times_s = []
+    before = bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"]
     for _ in range(5):
         assert are_off(bench) == [False] * 3
-        times_s.append(lookup_s(bench, names, len(fine)))
-    assert min(times_s) < 2 * LOOKUP_S, "one deadline, of the keys of one server"
+        assert lookup_s(bench, names, len(fine)) < LOOKUP_S + SLACK_S
     assert are_off(bench) == [index == HUNG for index in range(3)]
-    assert bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"] >= 5, "and what the guard has asked since"
-    times_s = [lookup_s(bench, names, len(fine)) for _ in range(5)]
-    assert min(times_s) < LOOKUP_S / 2, "nobody waits for it any more"
+    assert bench.counted(metrics.STORE_FAILURES)["read.StoreTimeout"] == before + 5
+    assert lookup_s(bench, names, len(fine)) < LOOKUP_S / 2, "nobody waits for it any more"
     assert all(bench.look(key) is LookupResult.HIT and bench.load_chunk(key) for key in fine)
     assert all(bench.look(key) is LookupResult.MISS for key in hung)
     works_again(bench, hung)
@@ -107,10 +104,10 @@ def test_a_server_that_stops_in_the_middle_of_a_fetch_costs_its_chunks_only(benc
     bench.backend.proxies[HUNG].behave(Fault("stall", beyond=SMALL, way="down"))
     keys = [*fine, *hung]
     rows, context = np.arange(len(keys), dtype=np.int32), ReqContext("prompt", None)
-    started_at = time.monotonic()
+    watch = Stopwatch()
     bench.tier.submit_load(TransferJob(0, keys, rows, is_promotion=True, req_context=context))
     assert bench.pool.drain(10)
-    assert time.monotonic() - started_at < LONG["request_timeout_s"] / 4, "given up long before its deadline"
+    assert watch.took_s() < 2 * LONG["stall_timeout_s"] + SLACK_S
     (result,) = bench.tier.get_finished_jobs()
     assert set(result.successful_keys or ()) == set(fine)
     until(lambda: bench.counted(metrics.STORE_FAILURES)["read.StoreStalled"] >= 1, "counted")
@@ -127,8 +124,8 @@ def test_writes_that_a_server_does_not_take_hold_up_no_lookup_of_the_others(benc
     for writer in writers:
         writer.start()
     until(bench.backend.proxies[HUNG].has_struck.is_set, "one of them is held up", 5)
-    times_s = [lookup_s(bench, names[: len(fine)], len(fine)) for _ in range(10)]
-    assert statistics.median(times_s) < LOOKUP_S
+    for _ in range(10):
+        assert lookup_s(bench, names[: len(fine)], len(fine)) < LOOKUP_S
     assert any(writer.is_alive() for writer in writers)
     bench.backend.proxies[HUNG].behave()
     for writer in writers:
