@@ -142,16 +142,17 @@ class Lookups:
         """Top of a thread."""
         leave_compute_cores()
         while (questions := self._sent.get()) is not None:
-            self._arrived.put([(question.keys, self._look(question)) for question in questions])
+            try:
+                answers = [(question.keys, self._look(question)) for question in questions]
+            except Exception:  # the top of this thread: it lives, and everybody gets an answer
+                logger.exception("Lookups of %d requests failed", len(questions))
+                answers = [(question.keys, [False] * len(question.keys)) for question in questions]
+            self._arrived.put(answers)
             self._answered()
 
     def _look(self, question: _Question) -> Sequence[bool]:
         adapter = adapter_of(question.req_context)
-        try:
-            return self._chunks.present([far_key(key, adapter) for key in question.keys])
-        except Exception:  # of one batch: the thread lives, and everybody gets an answer
-            logger.exception("Lookup of %d chunks failed", len(question.keys))
-            return [False] * len(question.keys)
+        return self._chunks.present([far_key(key, adapter) for key in question.keys])
 
 
 def adapter_of(req_context: ReqContext) -> str | None:

@@ -212,6 +212,16 @@ class TestLookup:
         assert bench.tier.lookup(key(1), context(adapter="")) is LookupResult.MISS
         assert not bench.store.entered.acquire(blocking=False)
 
+    def test_that_breaks_is_a_miss_and_not_the_last(self, bench, monkeypatch, caplog):
+        bench.store_rows([key(0)], [0])
+        bench.finished()
+        with monkeypatch.context() as broken:
+            broken.setattr(bench.tier._backing.chunks, "present", lambda keys: 1 / 0)
+            assert bench.look(key(0)) is LookupResult.MISS
+        bench.tier.on_request_finished(context())
+        assert "Lookups of 1 requests failed" in caplog.text
+        assert bench.look(key(0)) is LookupResult.HIT
+
 
 class TestJobs:
     def test_a_chunk_survives_its_row(self, bench):
