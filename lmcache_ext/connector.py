@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
@@ -43,7 +44,7 @@ from lmcache_ext.offload.report import HitReport, start_line
 from lmcache_ext.offload.serdes import loss
 from lmcache_ext.offload.tenants import label_tenant
 from lmcache_ext.offload.tuning import Tuning
-from lmcache_ext.reload import set_log_level
+from lmcache_ext.reload import ConfigWatcher, set_log_level
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,9 +92,8 @@ class LMCacheConnectorV1(OffloadingConnector):
                 transfer.kv_load_failure_policy = "recompute"  # vLLM reads it right after this constructor
             name, components = self._open_namespace(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._tuning = Tuning(
-            found.config, lambda: settings.read_config(vllm_config), scheduler=self.connector_scheduler
-        )
+        read_config = partial(settings.read_config, vllm_config)
+        self._reload: Tuning | ConfigWatcher
         self._adapters = Adapters()
         self._report = HitReport(found.tokens_per_chunk)
         self._stats = OffloadingConnectorStats()
@@ -108,12 +108,15 @@ class LMCacheConnectorV1(OffloadingConnector):
         self._announcer: Announcer | None = None
         if role == KVConnectorRole.SCHEDULER:
             assert isinstance(self.scheduler.manager, BoundedTieringManager)
+            self._reload = self._tuning = Tuning(found.config, read_config, self.scheduler)
             self._quiet = QuietSteps(self.scheduler, self.scheduler.manager.progress)
             self.scheduler._maximal_prefix_lookup = PrefixLookup(self.scheduler)
             self._stats.set_gauge(metrics.CACHE_ACTIVE, 1)
             if transfer.kv_connector_extra_config.get(explain.ENABLED):
                 self._explainer = Explainer(self.scheduler, name, components)
             self._announcer = join_controller(vllm_config, found, name, self.scheduler)
+        else:
+            self._reload = ConfigWatcher(found.config, read_config, quiet=True).open()  # how much this process logs
 
     def _open_namespace(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
@@ -392,10 +395,7 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        meta = self._metadata
-        if meta is not NOTHING_TO_DO:  # and it is something else in one step of 64 at least
-            self._hooks.run("reload", self._tuning.tick, False)
-        if not (meta.load_jobs or self._has_deferred_stores()):
+        if not (self._metadata.load_jobs or self._has_deferred_stores()):
             return
 
         def body() -> bool:
@@ -469,7 +469,7 @@ class LMCacheConnectorV1(OffloadingConnector):
 
     @override
     def shutdown(self) -> None:
-        self._tuning.close()
+        self._reload.close()
         if self._announcer is not None:
             self._announcer.close()
         self._hooks.run("shutdown", super().shutdown, None)

@@ -1,8 +1,8 @@
 """A new live part of the configuration reaches the engine, between two of its steps.
 
-The watching thread only hands over. What is cheap is set here, in the thread that schedules (or, in a
-worker, that executes); so a step sees the old configuration or the new one, never both. An engine without
-requests takes no steps: it applies a change when the next request comes, before that is looked up.
+The watching thread only hands over. What is cheap is set here, in the thread that schedules; so a step sees the old
+configuration or the new one, never both. An engine without requests takes no steps: it applies a change when the
+next request comes, before that is looked up. Workers have nothing to change.
 """
 
 from __future__ import annotations
@@ -29,21 +29,17 @@ logger = init_logger("vllm.lmcache_ext.offload.tuning")
 
 
 class Tuning:
-    """The live part as one connector knows it: `live` is what counts now.
+    """The live part as the scheduler's connector knows it: `live` is what counts now.
 
     Threads:  all methods in the connector's thread. Owner: of the watching thread, until `close`.
     Failure:  `load` raising ConfigError is the watcher's to refuse; what `tick` raises is a bug.
-
-    `scheduler` is None in a worker, which has nothing to change but how much it logs (the watcher does that).
     """
 
-    def __init__(
-        self, config: Config, load: Callable[[], Config], *, scheduler: OffloadingConnectorScheduler | None
-    ) -> None:
+    def __init__(self, config: Config, load: Callable[[], Config], scheduler: OffloadingConnectorScheduler) -> None:
         self.live = config.live
         self._scheduler = scheduler
         self._told = Status(config, generation=0)
-        self._watcher = ConfigWatcher(config, load, prepare=self._prepare, quiet=scheduler is None).open()
+        self._watcher = ConfigWatcher(config, load, prepare=self._prepare).open()
         self._status = self._watcher.status
         self._set_modes()
 
@@ -66,9 +62,8 @@ class Tuning:
             self._told = now
             stats.set_gauge(metrics.CONFIG_GENERATION, now.generation)
             stats.set_gauge(metrics.CONFIG_DIGEST, int(now.digest or "0", 16))
-            if (manager := self._manager) is not None:
-                capacity_bytes = manager.host.limit * manager.host.row_bytes
-                stats.set_gauge(metrics.TIER_CAPACITY_BYTES, capacity_bytes, ("host",))
+            host = self._manager.host
+            stats.set_gauge(metrics.TIER_CAPACITY_BYTES, host.limit * host.row_bytes, ("host",))
 
     def close(self) -> None:
         """Stop watching, and close what was opened for a change that comes too late; may be called twice."""
@@ -78,25 +73,19 @@ class Tuning:
                 found.prepared[0].close()
 
     @property
-    def _manager(self) -> BoundedTieringManager | None:
-        if self._scheduler is None:
-            return None
+    def _manager(self) -> BoundedTieringManager:
         assert isinstance(self._scheduler.manager, BoundedTieringManager)
         return self._scheduler.manager
 
     def _prepare(self, before: Config, after: Config) -> Opened | None:
         """In the watching thread."""
         manager = self._manager
-        if manager is None:
-            return None
         _num_rows(after, manager.host)
         return manager.far.prepare(before, after) if manager.far is not None else None
 
     def _apply(self, found: Reload) -> None:
         before, self.live = self.live, found.after.live
         manager = self._manager
-        if manager is None:
-            return
         self._set_modes()
         if self.live.host_capacity_bytes != before.host_capacity_bytes:
             manager.set_num_rows(_num_rows(found.after, manager.host))
@@ -109,8 +98,6 @@ class Tuning:
 
     def _set_modes(self) -> None:
         scheduler, manager = self._scheduler, self._manager
-        if scheduler is None or manager is None:
-            return
         manager.frozen = self.live.freeze or self.live.bypass
         manager.host.set_quotas(self.live.quotas)
         prompt_only = not self.live.save_decode_cache

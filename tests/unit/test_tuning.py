@@ -31,19 +31,20 @@ class Tuned(Engine):
         super().__init__(vllm_config, directory / "disk")
         self.path = path
         self.cancelled: set[str] = set()
-        for half in (self.scheduler, self.worker):
-            half._tuning._watcher.close()
-            self._look(half)
+        self.watchers = (self.scheduler._tuning._watcher, self.worker._reload)
+        for watcher in self.watchers:
+            watcher.close()
+            self._look(watcher)
 
-    def _look(self, half):
-        while half._tuning._watcher.look() != INTERVAL_S:
+    def _look(self, watcher):
+        while watcher.look() != INTERVAL_S:
             pass
 
     def write(self, text):
         """A new file, seen by both halves and not yet applied."""
         self.path.write_text(text)
-        for half in (self.scheduler, self.worker):
-            self._look(half)
+        for watcher in self.watchers:
+            self._look(watcher)
 
     @property
     def host(self):
@@ -264,12 +265,10 @@ def test_generated_tokens_are_kept_from_the_next_step_on(engine):
 def test_log_level_follows_the_file_in_the_worker_too(engine):
     engine.scheduler._tuning.close()
     engine.path.write_text("log_level: ERROR\n")
-    engine._look(engine.worker)
-    engine.step()
+    engine._look(engine.worker._reload)
     assert logging.getLogger("vllm.lmcache_ext").level == logging.ERROR
     engine.path.write_text("min_retrieve_tokens: 0\n")
-    engine._look(engine.worker)
-    engine.step()
+    engine._look(engine.worker._reload)
     assert logging.getLogger("vllm.lmcache_ext").level == logging.NOTSET
 
 
