@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lmcache_ext.daemons.controller_directory import Directory, Holder
-from lmcache_ext.daemons.controller_hashing import MAX_TOKEN, Hashing, read_hashing
+from lmcache_ext.daemons.controller_hashing import MAX_TOKEN, Hashing
 from lmcache_ext.daemons.controller_http import Handler, Request, Response
 from lmcache_ext.daemons.controller_link import Link
 from lmcache_ext.errors import RequestRefused
@@ -184,7 +184,7 @@ class Api:
             keys = _hashes(request.body["chunk_hashes"])
             return [(namespace, keys) for namespace in {one.engine.namespace for one in holders}]
         tokens = _tokens(request.body)
-        schemes = {one.engine.namespace: read_hashing(one.engine.hashing) for one in holders}
+        schemes = {one.engine.namespace: one.engine.hashing for one in holders}
         if holders and not any(schemes.values()):
             raise RequestRefused(
                 422,

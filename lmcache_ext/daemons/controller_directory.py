@@ -10,9 +10,10 @@ connection is lost, or that is silent for too long, holds nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from lmcache_ext.daemons.controller_hashing import Hashing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Engine:
     port: int = 0
     peer_url: str = ""
     lookup_url: str = ""
-    hashing: Mapping[str, Any] = field(default_factory=dict)
+    hashing: Hashing | None = None
+    """None where keys cannot be made from tokens as it makes them."""
 
     @property
     def name(self) -> tuple[str, int]:
@@ -82,8 +84,15 @@ class Directory:
     def __iter__(self) -> Iterator[Holder]:
         return iter(list(self._holders.values()))
 
+    def __len__(self) -> int:
+        return len(self._holders)
+
     def get(self, session: str) -> Holder | None:
         return self._holders.get(session)
+
+    def knows(self, name: tuple[str, int]) -> bool:
+        """Whether an engine of that name has registered."""
+        return name in self._by_name
 
     # -- coming and going
 

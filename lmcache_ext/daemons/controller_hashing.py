@@ -47,7 +47,9 @@ def read_hashing(said: Mapping[str, Any]) -> Hashing | None:
     except (KeyError, TypeError, ValueError):
         return None
     sizes = (per_hash, per_chunk)
-    if algorithm not in _ENCODERS or not all(isinstance(size, int) and 0 < size < 2**24 for size in sizes):
+    if not isinstance(algorithm, str) or algorithm not in _ENCODERS:
+        return None
+    if not all(isinstance(size, int) and 0 < size < 2**24 for size in sizes):
         return None
     if len(none_hash) != 32 or _block_hash(algorithm, none_hash, PROBE_TOKENS) != probe:
         return None

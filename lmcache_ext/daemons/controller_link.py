@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from lmcache_ext.daemons.controller_directory import Directory, Engine
+from lmcache_ext.daemons.controller_hashing import read_hashing
 from lmcache_ext.stores.tokens import Token
 from lmcache_ext.wire import controller as wire
 from lmcache_ext.wire.stream import WireError
@@ -25,6 +26,8 @@ READ_BYTES = 64 * 1024
 HELLO_S = 10.0
 MAX_KEY_BYTES = 128
 MAX_TIERS = 16
+MAX_ENGINES = 4096
+"""Registered at once: who registers under ever new names is stopped here."""
 MAX_PEERS = 16
 """Named in one answer, which must fit a message; chunks of others are left out."""
 
@@ -139,6 +142,8 @@ class Link:
 
     def _register(self, message: wire.Message) -> dict[str, Any]:
         engine, session = _engine(message, self._ip), self._hub.new_session()
+        if len(self._hub.directory) >= MAX_ENGINES and not self._hub.directory.knows(engine.name):
+            return {"error": f"{MAX_ENGINES} engines have registered, and no more may", "code": "full"}
         if not self._hub.directory.register(engine, session, self._hub.now()):
             text = f"another engine that lives is {engine.instance!r}, worker {engine.worker}: set lmcache_instance_id"
             return {"error": text, "code": "taken"}
@@ -232,7 +237,7 @@ def _engine(message: wire.Message, ip: str) -> Engine:
         port=message.get("port", int, 0),
         peer_url=peer_url,
         lookup_url=lookup_url,
-        hashing=hashing if isinstance(hashing, dict) else {},
+        hashing=read_hashing(hashing) if isinstance(hashing, dict) else None,
     )
 
 

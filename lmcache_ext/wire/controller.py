@@ -54,6 +54,8 @@ class Message:
             raise WireError(f"{name} is {type(value).__name__}, expected {kind.__name__}")
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
             raise WireError(f"{name} has {len(value)} characters, at most {MAX_NAME_CHARS} are read")
+        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+            raise WireError(f"{name} has half of a surrogate pair, which is no text")  # JSON can write it, UTF-8 cannot
         return value
 
 

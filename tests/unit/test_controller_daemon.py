@@ -131,6 +131,15 @@ def test_lookup_by_tokens_is_not_guessed_where_hashes_cannot_be_made(controller)
     assert "sha256_cbor" in refused.json()["detail"]
 
 
+@pytest.mark.parametrize("algorithm", [[], {}, 5, None, "md5"])
+def test_an_engine_that_says_nonsense_of_its_hashing_is_found_by_hashes(controller, algorithm):
+    said = {**CBOR, "algorithm": algorithm, "none_hash": "00" * 32, "probe": "11" * 32}
+    Joined(controller, "one", KEYS[:1], hashing=said)
+    assert controller.post("/lookup", {"tokens": [1, 2, 3]}).status_code == 422
+    found = controller.post("/lookup", {"chunk_hashes": [KEYS[0].hex()]}).json()["layout_info"]
+    assert found == {"one": ["LocalCPUBackend", 8]}
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -250,6 +259,15 @@ def test_a_second_engine_of_the_same_name_is_told_so(controller):
     assert "lmcache_instance_id" in refused["error"]
 
 
+def test_ever_new_engines_are_refused_at_some_number_and_known_ones_are_not(controller, monkeypatch):
+    monkeypatch.setattr("lmcache_ext.daemons.controller_link.MAX_ENGINES", 3)
+    talker = Talker(controller.ports["reply"])
+    said = [talker.say("register", instance=name, boot="b", namespace=SPACE) for name in "abcda"]
+    assert ["session" in answer for answer in said] == [True, True, True, False, True]
+    assert said[3]["code"] == "full"
+    assert len(controller.workers()) == 3
+
+
 @pytest.mark.parametrize("anywhere", ["0.0.0.0:8200", "[::]:8200"])
 def test_an_engine_that_listens_everywhere_is_reached_where_it_came_from(controller, anywhere):
     joined = Joined(controller, "one", KEYS[:1], peer_url=anywhere)
@@ -276,6 +294,8 @@ def test_fields_of_a_later_version_are_skipped(controller):
         {"op": "register", "instance": 5, "boot": "b", "namespace": SPACE},
         {"op": "register", "instance": "x", "boot": "b", "namespace": "not hex"},
         {"op": "register", "instance": "x" * 1000, "boot": "b", "namespace": SPACE},
+        {"op": "register", "instance": "x", "boot": "\ud800", "namespace": SPACE},
+        {"op": "hello", "token": "\udfff"},
         {"op": "register", "instance": "x", "boot": "b", "namespace": SPACE, "worker": -1},
         {"op": "register", "instance": "x", "boot": "b", "namespace": SPACE, "tiers": "host"},
         {"op": "attach"},
