@@ -60,14 +60,16 @@ class HttpServer:
         self._free = asyncio.Semaphore(max_connections)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            if not self._free.locked():
-                async with self._free:
-                    response = await self._respond(reader, writer)
-                    writer.write(_encoded(*response))
-                    async with asyncio.timeout(READ_TIMEOUT_S):
-                        await writer.drain()
-        writer.close()
+        try:
+            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                if not self._free.locked():
+                    async with self._free:
+                        response = await self._respond(reader, writer)
+                        writer.write(_encoded(*response))
+                        async with asyncio.timeout(READ_TIMEOUT_S):
+                            await writer.drain()
+        finally:
+            writer.close()
 
     async def _respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Response, bool]:
         """The answer, and whether its body is sent."""

@@ -28,11 +28,13 @@ class HttpPort:
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Callback of `asyncio.start_server`."""
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            if not self._free.locked():
-                async with self._free, asyncio.timeout(TIMEOUT_S):
-                    await self._answer(reader, writer)
-        writer.close()
+        try:
+            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                if not self._free.locked():
+                    async with self._free, asyncio.timeout(TIMEOUT_S):
+                        await self._answer(reader, writer)
+        finally:
+            writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
