@@ -6,6 +6,7 @@ It is what every server shows (/metrics), what the model server of this project 
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import urllib.error
@@ -77,7 +78,7 @@ def gather(url: str, *, api_key: str | None = None, request: Mapping[str, Any] |
 
 
 def _fetch(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """Status and text of an answer, whatever it is."""
+    """Status and text of an answer, whatever it is. Raises OSError where there is none."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     data = None
     if body is not None:
@@ -88,6 +89,8 @@ def _fetch(url: str, api_key: str | None, body: Mapping[str, Any] | None = None)
             return answer.status, answer.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode("utf-8", "replace")
+    except http.client.HTTPException as error:  # it has answered, and not in HTTP
+        raise ConnectionError(f"{url} is no HTTP server: {error!r}") from error
 
 
 def _json(text: str) -> dict[str, Any]:

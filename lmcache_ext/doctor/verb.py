@@ -68,7 +68,10 @@ def _diagnose(arguments: argparse.Namespace) -> Iterator[Told]:
     servers = [*arguments.urls, *arguments.peer]
     compares = len(servers) > 1 or bool(urls)
     asks = partial(server.gather, api_key=key, request=request or (ANY_PROMPT if compares else None))
-    asked = [asks(servers[0])]
+    try:
+        asked = [asks(servers[0])]
+    except OSError as error:
+        raise ConnectionError(f"{servers[0]} does not answer: {error}") from error
     for url in servers[1:]:
         try:
             asked.append(asks(url))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from threading import Thread
 
 import pytest
 
@@ -293,9 +295,26 @@ class TestCommand:
         assert cli.main(["doctor", serve(config=SHOWN | {"settings": SETTINGS | {"remote_url": remote}}).url]) == 0
         assert "its remote_url, redis://u:***@redis:6379, was not asked" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("banner", [b"-ERR unknown command 'GET'\r\n", b""])
+    def test_server_that_speaks_something_else_is_named(self, banner, capsys):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            Thread(target=_say_once, args=(listener, banner), daemon=True).start()
+            assert cli.main(["doctor", url]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1
+        assert said[0].startswith(f"{url} does not answer: ")
+
     @pytest.mark.parametrize(
         "arguments", [["http://127.0.0.1:1"], ["localhost:8080"], ["http://h", "--request", "/no"]]
     )
     def test_is_2_where_nobody_can_be_asked(self, arguments, capsys):
         assert cli.main(["doctor", *arguments]) == 2
         assert capsys.readouterr().err
+
+
+def _say_once(listener, banner):
+    sock, _ = listener.accept()
+    with sock:
+        sock.recv(65536)
+        sock.sendall(banner)
