@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import os
 import time
 from collections.abc import Iterator
@@ -13,56 +11,31 @@ from pathlib import Path
 
 import pytest
 import redis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from lmcache_ext.errors import StoreError, StoreStalled, StoreUnavailable
 from lmcache_ext.stores.base import Store
 from lmcache_ext.stores.registry import open_store
 from lmcache_ext.stores.resp_parts import redis_key, slot_of
 from tests import servers
+from tests.certificates import Authority
 from tests.contracts.store_contract import StoreContract, get, key_of, views
 from tests.faulty_proxy import Fault, Proxy
 from tests.unit.test_redis import RedisBypass, closing, emptied
 from tests.unit.test_redis_faults import opened
 
-PEM = serialization.Encoding.PEM
-
-
-def write_certificates(directory: Path) -> Path:
-    """A CA and a certificate of 127.0.0.1: ca.pem, key.pem, cert.pem."""
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test ca")])
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
-    today = datetime.datetime.now(datetime.UTC)
-
-    def sign(subject: x509.Name, public: ec.EllipticCurvePublicKey, extension: x509.ExtensionType) -> bytes:
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(ca_name).public_key(public)
-        builder = builder.serial_number(x509.random_serial_number()).add_extension(extension, critical=True)
-        builder = builder.not_valid_before(today - datetime.timedelta(days=1))
-        return (
-            builder.not_valid_after(today + datetime.timedelta(days=1)).sign(ca_key, hashes.SHA256()).public_bytes(PEM)
-        )
-
-    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    (directory / "ca.pem").write_bytes(sign(ca_name, ca_key.public_key(), x509.BasicConstraints(True, None)))
-    (directory / "cert.pem").write_bytes(sign(name, key.public_key(), host))
-    plain = serialization.NoEncryption()
-    (directory / "key.pem").write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, plain))
-    return directory
-
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_certificates(tmp_path_factory.mktemp("certificates"))
+    """A folder with ca.pem, and redis.pem and redis.key of 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("certificates")
+    Authority(folder, "ca").issue("redis", ["127.0.0.1"])
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tls_server(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
-    flags = ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "ca.pem"]
-    flags = [str(certificates / flag) if flag.endswith("pem") else flag for flag in flags]
+    files = {"cert": "redis.pem", "key": "redis.key", "ca-cert": "ca.pem"}
+    flags = [word for name, file in files.items() for word in (f"--tls-{name}-file", str(certificates / file))]
     user = ["--user", *["kv", "on", ">s3cret", "~*", "&*", "+@all"], "--tls-auth-clients", "no"]
     with servers.server("redis", tmp_path_factory.mktemp("tls"), *flags, *user, tls=True) as server:
         yield server
