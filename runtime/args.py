@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -265,6 +266,21 @@ def _check_own(own: Namespace, notes: Notes) -> None:
             notes.add(f"{switch}: ignored, it has no effect with vLLM")
     if own.predictor_host is not None:
         notes.add("--predictor_host: ignored, this server calls no other predictor")
+    _check_certificate(own.ssl_certfile, own.ssl_keyfile)
+
+
+def _check_certificate(certificate: str | None, key: str | None) -> None:
+    """Read them as the HTTP server will, which says so only once weights are loading, and then to nobody."""
+    if certificate is None and key is None:
+        return
+    if certificate is None:
+        raise UsageError(f"--ssl_keyfile={key} needs --ssl_certfile")
+    try:
+        no_passphrase = ""  # or OpenSSL would ask the terminal for one
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, no_passphrase)
+    except OSError as error:
+        files = f"--ssl_certfile={certificate}" + (f" --ssl_keyfile={key}" if key is not None else "")
+        raise UsageError(f"{files}: {error.strerror or error}: give a certificate and its key in PEM") from None
 
 
 def _model(own: Namespace, rest: list[Token]) -> str:

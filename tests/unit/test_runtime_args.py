@@ -9,6 +9,7 @@ import pytest
 
 from runtime import args as runtime_args
 from runtime.args import UsageError, parse, set_engine_environment
+from tests.certificates import Authority
 
 JSON_CONFIG = '{"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}'
 
@@ -101,9 +102,24 @@ def test_spellings_of_the_port(model, words):
 
 
 def test_flags_both_sides_have_go_to_kserve(model, tmp_path):
-    settings = parse(["--model_dir", model, "--grpc_port=8081", "--ssl_certfile=a", "--ssl_keyfile=b"])
-    assert (settings.kserve.ssl_certfile, settings.kserve.ssl_keyfile) == ("a", "b")
+    certificate, key = Authority(tmp_path, "ca").issue("server")
+    words = ["--grpc_port=8081", f"--ssl_certfile={certificate}", f"--ssl_keyfile={key}"]
+    settings = parse(["--model_dir", model, *words])
+    assert (settings.kserve.ssl_certfile, settings.kserve.ssl_keyfile) == (certificate, key)
     assert settings.engine.ssl_certfile is None
+
+
+def test_a_certificate_that_cannot_be_used_ends_the_start(model, tmp_path):
+    certificate, key = Authority(tmp_path, "ca").issue("server")
+    _, other_key = Authority(tmp_path, "another").issue("another-server")
+    for words, said in (
+        ([f"--ssl_certfile={tmp_path}/none.pem", f"--ssl_keyfile={key}"], "none.pem .*: No such file"),
+        ([f"--ssl_certfile={certificate}", f"--ssl_keyfile={other_key}"], "(?i)mismatch"),
+        ([f"--ssl_certfile={model}/config.json"], "certificate and its key in PEM"),
+        ([f"--ssl-keyfile={key}"], "needs --ssl_certfile"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            parse(["--model_dir", model, *words])
 
 
 @pytest.mark.parametrize(
