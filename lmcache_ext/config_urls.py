@@ -100,6 +100,8 @@ def remote_url(value: object) -> str:
     _check_hosts(address, scheme)
     if scheme.path and not address.path.startswith("/"):
         raise ValueError(f"has no absolute path: write {scheme.form}")
+    if address.scheme == "file":
+        _check_local(address)
     if scheme.database and not re.fullmatch(r"/?[0-9]{0,9}", address.path):
         raise ValueError(f"has a database that is not a number: write {scheme.form}")
     return url
@@ -112,6 +114,13 @@ def _check_hosts(address: Address, scheme: Scheme) -> None:
         raise ValueError(f"has several hosts, and {address.scheme}:// takes one: write {scheme.form}")
     for host in address.hosts if scheme.host else ():
         _check_host(host, scheme.form, needs_port=scheme.port)
+
+
+def _check_local(address: Address) -> None:
+    """Refuse file://cache/kv: to LMCache it is a path below wherever the server starts, to a URL its host."""
+    if address.hosts not in ((), ("localhost",)):
+        path = ",".join(address.hosts) + address.path
+        raise ValueError(f"is not an absolute directory: write file:///{path} for /{path}")
 
 
 def _check_host(host: str, form: str, *, needs_port: bool) -> None:
@@ -143,12 +152,14 @@ def directories(value: object) -> tuple[str, ...]:
 
 
 def directory(value: object) -> str:
-    """One absolute directory, without its file:// or fs:// (whose host LMCache ignores too)."""
+    """One absolute directory, without its file:// or fs:// (of which LMCache ignores the host too)."""
     path = text(value)
     if "://" in path:
         address = split_url(path)
         if address.scheme not in ("file", "fs"):
             raise ValueError(f"is not a directory: write /path or file:///path, and {address.scheme}:// as remote_url")
+        if address.scheme == "file":
+            _check_local(address)
         path = address.path
     if not path.startswith("/"):
         raise ValueError("is not an absolute directory: write /path or file:///path")

@@ -9,6 +9,7 @@ imported.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -30,7 +31,7 @@ def open_store(url: str, *, capacity_bytes: int | None = None, options: Mapping[
     `capacity_bytes` reaches a plugin as the option of that name. Raises ConfigError, naming the nearest
     known scheme.
 
-        file:///a   file:///a,/b   file:///a,file:///b   /a         directories
+        file:///a   file:///a,/b   file:///a,file:///b   /a         directories; file://localhost/a is /a
         fs://host:port/a,/b                                          the same; host and port are ignored
     """
     scheme, separator, rest = url.partition("://")
@@ -52,6 +53,8 @@ def _open_disk(url: str, scheme: str, rest: str, capacity_bytes: int | None, opt
     pieces = [piece.strip().removeprefix(f"{scheme}://") for piece in rest.split(",")]
     if scheme == "fs":
         pieces = [_after_host(url, piece) for piece in pieces]
+    else:
+        pieces = [re.sub("^localhost(?=/)", "", piece) for piece in pieces]
     if not all(pieces):
         raise ConfigError(f"{url}: a directory is missing, expected {scheme}:///path or a comma list of them")
     return DiskStore(pieces, capacity_bytes, name=options.get("name", "disk"))

@@ -309,6 +309,7 @@ def test_an_unknown_connector_option_is_an_error():
     [
         ("/mnt/kv", ("/mnt/kv",)),
         ("file:///mnt/kv", ("/mnt/kv",)),
+        ("file://localhost/mnt/kv", ("/mnt/kv",)),
         ("fs:///mnt/kv/", ("/mnt/kv",)),
         ("fs://host:1/mnt/kv", ("/mnt/kv",)),
         ("/a, file:///b ,/a", ("/a", "/b")),

@@ -35,6 +35,7 @@ def roots(store: Store) -> list[str]:
         ("fs://host:0/mnt/a,/mnt/b", ["/mnt/a", "/mnt/b"]),
         ("fs://host:0/mnt/a,fs://host:0/mnt/b", ["/mnt/a", "/mnt/b"]),
         ("fs:///mnt/a", ["/mnt/a"]),
+        ("file://localhost/mnt/a,/mnt/b", ["/mnt/a", "/mnt/b"]),
     ],
 )
 def test_directories(url: str, expected: list[str]) -> None:
