@@ -58,7 +58,7 @@ class Controller:
         self.is_stopping = False
         self.is_local = True
         self.token = Token(token_file)
-        self.token.read()
+        self.token.check()
         self._max_connections = max_connections
         self._sweep_s = sweep_s
         self._api = Api(self)
@@ -215,7 +215,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 def _open(arguments: argparse.Namespace) -> Controller:
-    """Raises ConfigError where the token cannot be read."""
+    """Raises ConfigError where there is to be a token and is none."""
     interval_s = arguments.health_check_interval
     directory = Directory(timeout_s=arguments.lmcache_worker_timeout, max_keys=arguments.max_keys)
     try:
@@ -225,7 +225,7 @@ def _open(arguments: argparse.Namespace) -> Controller:
             max_connections=arguments.max_connections,
             sweep_s=interval_s if interval_s > 0 else SWEEP_S,
         )
-    except OSError as error:
+    except ConfigError as error:
         raise ConfigError(f"--auth-token-file: {error}") from error
 
 

@@ -38,7 +38,7 @@ class Server:
         self.is_stopping = False
         self._max_connections = max_connections
         self.token = Token(token_file)
-        self.token.read()
+        self.token.check()
         self._connections: set[Connection] = set()
         self._listeners: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None

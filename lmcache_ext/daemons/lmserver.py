@@ -99,7 +99,7 @@ def _open(arguments: argparse.Namespace) -> Server:
         return Server(
             Cache(memory, disk), limits, max_connections=max_connections, token_file=arguments.auth_token_file
         )
-    except OSError as error:
+    except ConfigError as error:
         raise ConfigError(f"--auth-token-file: {error}") from error
 
 

@@ -6,6 +6,8 @@ import hmac
 import logging
 from pathlib import Path
 
+from lmcache_ext.errors import ConfigError
+
 logger = logging.getLogger("vllm.lmcache_ext.stores.tokens")
 
 
@@ -26,6 +28,15 @@ class Token:
     @property
     def is_needed(self) -> bool:
         return self._path is not None
+
+    def check(self) -> None:
+        """At the start, where somebody looks. Raises ConfigError where there is a file and no token in it."""
+        try:
+            self.read()
+        except OSError as error:
+            raise ConfigError(str(error)) from error
+        if self._path is not None and not self._last:
+            raise ConfigError(f"{self._path} is empty, and would let nobody in: write a token into it")
 
     def read(self) -> None:
         """Raises OSError where there is a file and it cannot be read."""

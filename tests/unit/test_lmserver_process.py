@@ -236,6 +236,7 @@ def test_metrics_and_health_answer_on_their_own_port() -> None:
         (["127.0.0.1", "0", "--tls-cert", "/c"], "belong together"),
         (["127.0.0.1", "0", "--tls-cert", "/none", "--tls-key", "/none"], "No such file"),
         (["127.0.0.1", "0", "--auth-token-file", "/none"], "--auth-token-file: "),
+        (["127.0.0.1", "0", "--auth-token-file", "/dev/null"], "--auth-token-file: /dev/null is empty"),
         (["127.0.0.1", "0", "--data-dir", "/dev/null/x"], "Not a directory"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lmcache_ext.errors import ConfigError
 from lmcache_ext.stores.tokens import Token
 
 
@@ -27,6 +28,18 @@ def test_the_file_as_it_is_now_counts(path):
     assert (token.accepts(b"secret"), token.accepts(b"Secret"), token.accepts(b"")) == (True, False, False)
     path.write_text("another")
     assert (token.accepts(b"secret"), token.accepts(b"another")) == (False, True)
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+def test_a_start_without_a_token_in_the_file_is_refused(path, content):
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        Token(str(path)).check()
+
+
+def test_a_start_without_a_file_or_with_a_token_is_not(path):
+    Token(None).check()
+    Token(str(path)).check()
 
 
 @pytest.mark.parametrize("content", ["", " \n"])
