@@ -12,11 +12,29 @@ from lmcache_ext.stores.resp_dial import Library, connects, connects_to_sentinel
 from lmcache_ext.stores.resp_store import RespStore
 from lmcache_ext.stores.resp_topology import Cluster, Sentinels, Single, Topology
 
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+
 
 def open_resp(url: str, options: Mapping[str, Any]) -> RespStore:
     """The store behind `url`; nothing is connected yet. Raises ConfigError."""
     settings = parse_options(url, options)
+    _check_tls(settings)
     return RespStore(settings, _topology(_library(settings.library), settings))
+
+
+def _check_tls(options: RespOptions) -> None:
+    """Raises ConfigError where certificates are named and would not be used, or cannot be."""
+    named = [name for name in TLS_FILES if options.ssl.get(name)]
+    if named and not options.tls:
+        way_out = f"write rediss:// or valkeys://, tls: true, or remove {named[0]}"
+        raise ConfigError(f"{options.name}: {named[0]} is set, and the connection is not TLS: {way_out}")
+    for name in named:
+        try:
+            with open(options.ssl[name], "rb"):
+                continue
+        except OSError as error:
+            why = f"{options.ssl[name]} cannot be read ({error.strerror})"
+            raise ConfigError(f"{options.name}: {name}: {why}: name a PEM file that is mounted here") from error
 
 
 def _topology(library: Library, options: RespOptions) -> Topology:

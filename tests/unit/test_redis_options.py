@@ -114,3 +114,17 @@ def test_a_missing_package_is_one_line_that_names_the_command(monkeypatch: pytes
     monkeypatch.setattr(importlib, "import_module", import_module)
     with pytest.raises(ConfigError, match=r"^valkey:// needs a package that is not installed: pip install valkey$"):
         open_store("valkey://h:1")
+
+
+@pytest.mark.parametrize("name", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
+def test_a_certificate_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"redis: {name}: /none/a.pem cannot be read .No such file or directory.:"):
+        open_store("rediss://h", options={name: "/none/a.pem"})
+
+
+@pytest.mark.parametrize("url", ["redis://h", "redis-cluster://h", "unix:///tmp/a.sock"])
+def test_a_certificate_for_a_connection_in_the_clear_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="ssl_ca_certs is set, and the connection is not TLS: write rediss://"):
+        open_store(url, options={"ssl_ca_certs": __file__})
+    if not url.startswith("unix"):
+        open_store(url, options={"ssl_ca_certs": __file__, "tls": True}).close()
