@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 _RESAMPLES = 4000
@@ -37,6 +39,28 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
     outside = round(_RESAMPLES * (1 - _COVERAGE) / 2)
     return Ratio(statistics.median(pairs), medians[outside], medians[-1 - outside])
+
+
+class Estimate(NamedTuple):
+    """A ratio of sums, and the bootstrap's 95 % confidence interval [low, high] of it."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio_of_sums(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Of all `ours` to all `theirs`; pairs are drawn anew."""
+    a, b = np.array(ours, dtype=np.float64), np.array(theirs, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(
+        len(a), size=(_RESAMPLES, len(a))
+    )  # the same interval for the same numbers
+    outside = 50 * (1 - _COVERAGE)
+    low, high = np.percentile(a[drawn].sum(axis=1) / b[drawn].sum(axis=1), [outside, 100 - outside])
+    return Estimate(float(a.sum() / b.sum()), float(low), float(high))
 
 
 def rounds(sides: Sequence[T], count: int, seed: int) -> Iterator[tuple[int, list[T]]]:

@@ -21,6 +21,7 @@ import os
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "trained-llama"
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+NEVER_LEARNT = {"test", "tests", "idlelib", "encodings", "lib2to3"}
 
 VOCABULARY = 2048
 CONTEXT = 512  # tokens of a training sequence,
@@ -44,16 +47,29 @@ STEPS = 800
 RECIPE = 2
 
 
-def shape() -> LlamaConfig:
-    """The model: narrow, but deep enough for a schedule over layers, and with grouped heads of a usual size."""
+@dataclass(frozen=True)
+class Variant:
+    """What one of the models has of its own; the seed decides the weights it begins with, the batches, and the files
+    that are held out."""
+
+    seed: int
+    layers: int
+    head_dim: int
+
+
+VARIANTS = {"first": Variant(seed=0, layers=8, head_dim=64), "second": Variant(seed=1, layers=6, head_dim=128)}
+
+
+def shape(variant: Variant) -> LlamaConfig:
+    """A model: narrow, but deep enough for a schedule over layers, and with grouped heads of a usual size."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=640,
-        num_hidden_layers=8,
+        num_hidden_layers=variant.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=variant.head_dim,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -62,13 +78,30 @@ def shape() -> LlamaConfig:
     )
 
 
-def corpus() -> str:
+def corpus(seed: int) -> str:
     """Every source of the standard library but its tests, in an order that mixes the packages, then held-out text."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "lib2to3"}
-    files = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
-    files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    salt = str(seed) if seed else ""
+    paths = [path for path in _sources() if not NEVER_LEARNT & set(path.parts)]
+    paths.sort(key=lambda path: hashlib.sha256((salt + path.as_posix()).encode()).digest())
+    return "\n".join(_read(path) for path in paths)
+
+
+def unseen_sources() -> list[str]:
+    """The files that no model learns from, whatever its seed: tests, IDLE, 2to3. In an order that mixes them."""
+    paths = [path for path in _sources() if NEVER_LEARNT & set(path.parts) and "encodings" not in path.parts]
+    paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
+    return [_read(path) for path in paths]
+
+
+def _sources() -> list[Path]:
+    """Of the standard library, relative to where it lies."""
+    packages = {"site-packages", "dist-packages"}
+    paths = (path.relative_to(STDLIB) for path in STDLIB.rglob("*.py"))
+    return [path for path in paths if not packages & set(path.parts)]
+
+
+def _read(path: Path) -> str:
+    return (STDLIB / path).read_text(encoding="utf-8", errors="replace")
 
 
 def split(text: str) -> tuple[str, str]:
@@ -83,9 +116,9 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def batches(tokens: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+def batches(tokens: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:
     """Token ids (batch, context) from random places."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         context = CONTEXT if step < steps * (1 - LONG_SHARE) else LONG_CONTEXT
         starts = torch.randint(0, len(tokens) - context, (-(-STEP_TOKENS // context),), generator=generator)
@@ -110,12 +143,12 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int) -> list[float]:
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, seed: int) -> list[float]:
     """Fit `model` to `tokens`; the loss, in nats per token, of each step."""
     fitting = optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: rate(step, steps)) for each in fitting]
     losses, begin = [], time.monotonic()
-    for step, batch in enumerate(batches(tokens, steps)):
+    for step, batch in enumerate(batches(tokens, steps, seed)):
         with torch.autocast("cpu", torch.bfloat16, enabled=_has_fast_bfloat16()):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         model.zero_grad(set_to_none=True)
@@ -144,25 +177,28 @@ def _has_fast_bfloat16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def recipe(steps: int) -> str:
+def recipe(steps: int, variant: Variant) -> str:
     """A digest of what the weights follow from, but for this file's code: raise RECIPE with a change of that."""
     numbers = (RECIPE, steps, CONTEXT, LONG_CONTEXT, LONG_SHARE, STEP_TOKENS, PEAK_RATE, MATRIX_RATE, WARMUP_STEPS)
-    text = f"{numbers}/{shape().to_json_string()}/{torch.__version__}/{sysconfig.get_python_version()}"
+    versions = f"{torch.__version__}/{sysconfig.get_python_version()}"
+    text = f"{numbers}/{variant.seed}/{shape(variant).to_json_string()}/{versions}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def trained(steps: int = STEPS) -> Path:
-    """The directory of the trained model; trains it if it is not there yet."""
-    directory = CACHE / recipe(steps)
+def trained(steps: int = STEPS, name: str = "first") -> Path:
+    """The directory of a trained model; trains it if it is not there yet."""
+    variant = VARIANTS[name]
+    directory = CACHE / recipe(steps, variant)
     if (directory / "config.json").exists():
         return directory
-    torch.manual_seed(0)
-    text, held_out = split(corpus())
+    torch.manual_seed(variant.seed)
+    text, held_out = split(corpus(variant.seed))
     tokenizer = train_tokenizer(text)
     tokens = torch.tensor(tokenizer(text)["input_ids"])
-    model = LlamaForCausalLM(shape())
+    model = LlamaForCausalLM(shape(variant))
+    print(f"Training a model, which takes a core 10 to 30 minutes; it is kept in {directory}", flush=True)
     print(f"{model.num_parameters():,} parameters, {len(tokens):,} tokens to learn from", flush=True)
-    losses = train(model, tokens, steps)
+    losses = train(model, tokens, steps, variant.seed)
     partial = directory.with_name(f"{directory.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -186,8 +222,10 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--model", choices=VARIANTS, default="first")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(trained(parser.parse_args().steps))
+    print(trained(options.steps, options.model))
 
 
 if __name__ == "__main__":

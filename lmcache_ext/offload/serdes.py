@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from lmcache_ext.config import Config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.ops import cachegen, fixed, lossless
-from lmcache_ext.ops.fixed import Scheme
 from lmcache_ext.ops.layout import Layout
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.serde.cachegen import CacheGenSerde
-from lmcache_ext.serde.fixed import FixedSerde
+from lmcache_ext.serde.fixed import NAMES, FixedSerde
 from lmcache_ext.serde.lossless import LosslessSerde
 from lmcache_ext.serde.naive import NaiveSerde
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of KV dtypes; packed and 8-bit ones: 1
-_FIXED: dict[str, Scheme] = {"fp8": "fp8", "int8": "int8", "kivi": "kivi4", "kivi2": "kivi2"}
 
 
 def open_serde(
@@ -49,7 +47,7 @@ def open_serde(
         )
     if name == CacheGenSerde.name:
         return CacheGenSerde(layout, key_bins, value_bins)
-    return FixedSerde(_FIXED[name], layout)
+    return FixedSerde(NAMES[name], layout)
 
 
 def readable_serdes() -> tuple[Serde, ...]:

@@ -16,6 +16,9 @@ from lmcache_ext.ops.fixed import Scheme
 from lmcache_ext.ops.layout import Layout
 from lmcache_ext.serde.base import Serde
 
+NAMES: dict[str, Scheme] = {"fp8": "fp8", "int8": "int8", "kivi": "kivi4", "kivi2": "kivi2"}
+"""As they are written in a configuration."""
+
 TAGS: dict[Scheme, int] = {"fp8": 2, "int8": 3, "kivi4": 4, "kivi2": 5}
 
 

@@ -77,6 +77,13 @@ def test_serde_bench_hands_its_arguments_to_the_benchmark(capfd):
     assert "--documents" in capfd.readouterr().out
 
 
+def test_serde_bench_refuses_before_it_trains_what_it_cannot_measure(capfd):
+    assert main(["serde", "bench", "--serdes", "fp8;zstd"]) == 2
+    assert "--serdes: zstd: unknown, expected some of naive; lossless; fp8; int8; kivi; kivi2; cachegen" in (
+        capfd.readouterr().err
+    )
+
+
 def test_serde_bench_says_where_it_is_not(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("lmcache_ext.cli.__file__", str(tmp_path / "lmcache_ext" / "cli.py"))
     assert main(["serde", "bench"]) == 2
