@@ -31,6 +31,7 @@ KV_PAGES = "lmcache_ext.kv_pages"
 """Connector setting: what `describe` found, for the spec."""
 
 _HEADS_FIRST, _TOKENS_FIRST = ("LBHNC", "BLHNC"), ("LBNHC", "BLNHC")
+_TENSOR_OF_EACH_LAYER = ("LBHNC", "LBNHC")  # else one tensor, whose page has all layers
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, Any]:
@@ -56,9 +57,19 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
 
 
 def row_layout(
-    pages: Mapping[str, Any], *, row_bytes: int, rank_bytes: int, ranks: int, blocks: int
+    pages: Mapping[str, Any],
+    *,
+    row_bytes: int,
+    rank_bytes: int,
+    ranks: int,
+    blocks: int,
+    tensors_first: bool = False,
 ) -> tuple[Layout | None, str]:
-    """The layout of rows, `rank_bytes` of each rank side by side; or None and the reason why it is unknown."""
+    """The layout of rows, `rank_bytes` of each rank side by side; or None and the reason why it is unknown.
+
+    `tensors_first`: a rank's part has all blocks of one tensor and then those of the next, as vLLM's own copier leaves
+    it, and not one page of every tensor for each block, as ours do.
+    """
     if "opaque" in pages:
         return None, pages["opaque"]
     dims = (pages["k_dim"], pages["v_dim"])
@@ -79,6 +90,7 @@ def row_layout(
         rank_bytes=rank_bytes,
         page_bytes=page_bytes,
         head_bytes=token_elements * element_bytes * (pages["tokens"] if heads_first else 1),
+        layers_first=tensors_first and pages["order"] in _TENSOR_OF_EACH_LAYER,
     )
     return Layout(row_bytes, pages["dtype"], cells, *places), ""
 

@@ -98,14 +98,24 @@ class Layout:
 
 
 def dense_cells(
-    *, layers: int, ranks: int, heads: int, blocks: int, rank_bytes: int, page_bytes: int, head_bytes: int
+    *,
+    layers: int,
+    ranks: int,
+    heads: int,
+    blocks: int,
+    rank_bytes: int,
+    page_bytes: int,
+    head_bytes: int,
+    layers_first: bool = False,
 ) -> Int64s:
     """Cells of rows as the copiers fill them: of each rank, block after block, one page of every layer.
 
-    `heads` are those of one rank; `head_bytes` is the way from one head to the next within a page.
+    Or, `layers_first`, layer after layer, one page of every block. `heads` are those of one rank; `head_bytes` is the
+    way from one head to the next within a page.
     """
+    layer_bytes, block_bytes = (blocks * page_bytes, page_bytes) if layers_first else (page_bytes, layers * page_bytes)
     layer, rank, head, block = np.ogrid[0:layers, 0:ranks, 0:heads, 0:blocks]
-    cells = rank * rank_bytes + block * (layers * page_bytes) + layer * page_bytes + head * head_bytes
+    cells = rank * rank_bytes + block * block_bytes + layer * layer_bytes + head * head_bytes
     return np.ascontiguousarray(cells.reshape(layers, ranks * heads, blocks), dtype=np.int64)
 
 

@@ -10,6 +10,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MLAAttentionSpec
+from vllm.v1.kv_offload.cpu.gpu_worker import compute_sub_block_ptrs
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.config import load_config
 from lmcache_ext.config_keys import SERDES
@@ -29,10 +31,11 @@ def pages(order="LBHNC", dtype="bfloat16", isa=None, **changed):
     return {**found, "order": order, "isa": isa, **changed}
 
 
-def layout_of(found, blocks=BLOCKS):
+def layout_of(found, blocks=BLOCKS, **options):
     page_bytes = found["heads"] * found["tokens"] * (found["k_dim"] + found["v_dim"]) * ELEMENT_BYTES[found["dtype"]]
     rank_bytes = found["layers"] * blocks * page_bytes
-    return row_layout(found, row_bytes=RANKS * rank_bytes + 64, rank_bytes=rank_bytes, ranks=RANKS, blocks=blocks)
+    sizes = {"row_bytes": RANKS * rank_bytes + 64, "rank_bytes": rank_bytes}
+    return row_layout(found, **sizes, ranks=RANKS, blocks=blocks, **options)
 
 
 def keys_and_values(dtype):
@@ -54,6 +57,32 @@ def test_every_key_and_value_is_found_in_rows_of_each_layout(order, dtype):
     numbers = keys_and_values(getattr(torch, dtype))
     layout, _ = layout_of(pages(order, dtype))
     assert_found(layout, np.frombuffer(row_of(numbers, order), dtype=np.uint8), numbers)
+
+
+def row_of_vllms_copier(numbers, order):
+    """A row as vLLM's own copier on GPUs fills it, by its own arithmetic: all blocks of a tensor side by side."""
+    by_rank = np.frombuffer(row_of(numbers, order)[:-64], dtype=np.uint8).reshape(RANKS, BLOCKS, LAYERS, -1)
+    if order.startswith("BL"):
+        by_rank = by_rank.reshape(RANKS, BLOCKS, 1, -1)
+    row = torch.zeros(by_rank.size + 64, dtype=torch.int8)
+    for rank, pages_of_rank in enumerate(by_rank):
+        size = pages_of_rank.size
+        place = {"rank": rank, "_worker_offset": rank * size, "_worker_area_end": (rank + 1) * size}
+        region = SimpleNamespace(**place, _base=row, _row_stride=len(row), num_chunks=1, _views=[])
+        for tensor_pages in pages_of_rank.swapaxes(0, 1):
+            view = SharedOffloadRegion.create_next_worker_view(region, tensor_pages.size)
+            places = np.empty(BLOCKS, dtype=np.uint64)
+            compute_sub_block_ptrs(np.zeros(1, dtype=np.int32), BLOCKS, places, view)
+            for page, at in zip(tensor_pages, places.astype(np.int64) - row.data_ptr(), strict=True):
+                row.numpy()[at : at + page.size] = page.view(np.int8)
+    return row.numpy().view(np.uint8)
+
+
+@pytest.mark.parametrize("order", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+def test_every_key_and_value_is_found_in_rows_of_vllms_own_copier(order):
+    numbers = keys_and_values(torch.bfloat16)
+    layout, _ = layout_of(pages(order), tensors_first=True)
+    assert_found(layout, row_of_vllms_copier(numbers, order), numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
