@@ -17,6 +17,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -35,16 +36,31 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.offload.cores import leave_compute_cores
-from lmcache_ext.offload.parts import Part, Parts
+from lmcache_ext.offload.parts import Parts
 from lmcache_ext.ops import pages, pages_fp8
 from lmcache_ext.ops.page_shape import PageShape
-from lmcache_ext.ops.table import Bytes
+from lmcache_ext.ops.table import Bytes, Part
 from lmcache_ext.ops.tiles import ask_for_tiles
 
 logger = init_logger("vllm.lmcache_ext.offload.copier")
 
 # 1 MiB: 0.1 ms of one core, long against the locks around it and short against a whole load
 _PIECE_BYTES = 1024 * 1024
+
+
+class PageCopier(OffloadingWorker):
+    """A copier of ours: what the connector asks of it beyond vLLM's contract."""
+
+    def begin(self) -> None:
+        """All of a step that there will be has been submitted, for a copier that begins with it together."""
+
+    @abstractmethod
+    def has_news(self) -> bool:
+        """Whether `get_finished` or `take_failed` may have something to give; quick enough for every step."""
+
+    @abstractmethod
+    def take_failed(self) -> set[int]:
+        """Finished jobs whose bytes were not copied, since the last call."""
 
 
 class _Job(NamedTuple):
@@ -65,7 +81,7 @@ class _Work:
         self.copied_bytes: int | None = 0  # None once a piece failed
 
 
-class HostPageCopier(OffloadingWorker):
+class HostPageCopier(PageCopier):
     """An `OffloadingWorker` for the CPU platform; with a `shape`, rows hold eight bits for each element."""
 
     def __init__(
@@ -133,12 +149,12 @@ class HostPageCopier(OffloadingWorker):
         with self._changed:
             return job_id in self._pending
 
+    @override
     def has_news(self) -> bool:
-        """Whether `get_finished` or `take_failed` has something to give; a step asks this without a lock."""
         return not self._finished.empty() or bool(self._failed)
 
+    @override
     def take_failed(self) -> set[int]:
-        """Finished jobs whose bytes were not copied, since the last call."""
         with self._changed:
             failed, self._failed = self._failed, set()
         return failed
@@ -223,7 +239,7 @@ class HostPageCopier(OffloadingWorker):
         if not store:
             return pages.scatter_pages(piece.table, piece.block_ids, rows, piece.offsets)
         copied = pages.gather_pages(piece.table, piece.block_ids, rows, piece.offsets)
-        self._clear_rest(piece)
+        self._parts.clear_rest(piece, rows)
         return copied
 
     def _pieces(self, job: _Job) -> Iterator[Part]:
@@ -231,13 +247,3 @@ class HostPageCopier(OffloadingWorker):
             size = max(1, _PIECE_BYTES // table.block_bytes)
             for begin in range(0, block_ids.size, size):
                 yield Part(table, block_ids[begin : begin + size], offsets[begin : begin + size])
-
-    def _clear_rest(self, piece: Part) -> None:
-        """Zero what a smaller cache group leaves of its rows: stored bytes must not hold a stranger's KV."""
-        parts, used = self._parts, self._parts.chunk_bytes(piece.table)
-        if used >= parts.worker_bytes:
-            return
-        assert self._rows is not None
-        for row in np.unique(piece.offsets // parts.row_bytes).tolist():
-            begin = row * parts.row_bytes + parts.begin
-            self._rows[begin + used : begin + parts.worker_bytes] = 0

@@ -10,22 +10,13 @@ bits for each element (`ops.page_shape`)::
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.kv_offload.base import BlockIDsLoadStoreSpec, CanonicalKVCaches, GPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.ops.page_shape import PageShape
-from lmcache_ext.ops.table import Int64s, PageTable
-
-
-class Part(NamedTuple):
-    """Blocks of one cache group, and where in the rows they lie (bytes)."""
-
-    table: PageTable
-    block_ids: Int64s
-    offsets: Int64s
+from lmcache_ext.ops.table import Bytes, PageTable, Part
 
 
 class Parts:
@@ -46,7 +37,7 @@ class Parts:
         self.row_bytes = region._row_stride
         self.begin = region._worker_offset
         self.worker_bytes = region._worker_area_end - region._worker_offset
-        self._tables = [_table(kv_caches, group) for group in range(len(kv_caches.group_data_refs))]
+        self.tables = [_table(kv_caches, group) for group in range(len(kv_caches.group_data_refs))]
         self._blocks_per_chunk = blocks_per_chunk
 
     def block_bytes(self, table: PageTable) -> int:
@@ -60,7 +51,7 @@ class Parts:
     def of(self, paged: GPULoadStoreSpec, rows: BlockIDsLoadStoreSpec) -> Iterator[Part]:
         """Each cache group's table, its block ids, and the byte offsets of the same blocks in rows."""
         block, row = 0, 0
-        for table, size, first in zip(self._tables, paged.group_sizes, paged.block_indices, strict=True):
+        for table, size, first in zip(self.tables, paged.group_sizes, paged.block_indices, strict=True):
             if size == 0:
                 continue
             skipped = first % self._blocks_per_chunk  # blocks of the first row that this job leaves alone
@@ -71,6 +62,15 @@ class Parts:
             yield Part(table, paged.block_ids[block : block + size].astype(np.int64), row_ids * self.row_bytes + in_row)
             block += size
             row = int(row_of_place[-1]) + 1
+
+    def clear_rest(self, part: Part, rows: Bytes) -> None:
+        """Zero what a smaller cache group leaves of its rows: stored bytes must not hold a stranger's KV."""
+        used = self.chunk_bytes(part.table)
+        if used >= self.worker_bytes:
+            return
+        for row in np.unique(part.offsets // self.row_bytes).tolist():
+            begin = row * self.row_bytes + self.begin
+            rows[begin + used : begin + self.worker_bytes] = 0
 
 
 def _table(kv_caches: CanonicalKVCaches, group: int) -> PageTable:

@@ -59,6 +59,14 @@ class PageTable:
         return min(tensor.num_blocks for tensor in self.tensors)
 
 
+class Part(NamedTuple):
+    """Blocks of one cache group, and where in the rows they lie (bytes)."""
+
+    table: PageTable
+    block_ids: Int64s
+    offsets: Int64s
+
+
 def _check_tensor(index: int, tensor: PageTensor) -> None:
     name = f"tensor {index}"
     if tensor.data_ptr <= 0:

@@ -70,15 +70,19 @@ class Engine:
         self.transfer.kv_load_failure_policy = "fail"
         vllm_config.shutdown_timeout = 10
         self.worker = LMCacheConnectorV1(vllm_config, KVConnectorRole.WORKER, kv_cache_config())
+        self.register_kv()
+        self.scheduler = LMCacheConnectorV1(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config())
+        self.region = self.scheduler.scheduler.manager.primary_tier._mmap_region
+        self.requests: dict[str, Request] = {}
+
+    def register_kv(self):
+        """Before the scheduler is there, who maps the rows last."""
         self.kv = [torch.randint(-128, 127, (NUM_BLOCKS, PAGE), dtype=torch.int8) for _ in LAYERS]
         caches = CanonicalKVCaches(
             [CanonicalKVCacheTensor(tensor, PAGE) for tensor in self.kv],
             [[CanonicalKVCacheRef(i, PAGE) for i in range(len(LAYERS))]],
         )
         self.worker.connector_worker._init_worker(caches)
-        self.scheduler = LMCacheConnectorV1(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config())
-        self.region = self.scheduler.scheduler.manager.primary_tier._mmap_region
-        self.requests: dict[str, Request] = {}
 
     @property
     def copier(self):
@@ -137,7 +141,7 @@ class Engine:
         worker.bind_connector_metadata(meta)
         worker.start_load_kv(None)
         worker.wait_for_save()
-        self.copier.wait_for(set(self.copier._pending), WAIT_S)
+        self.finish_copies()
         results = worker.get_transfer_results(finished)
         report = KVConnectorOutput(
             finished_recving=results.finished_recving,
@@ -147,6 +151,9 @@ class Engine:
         worker.clear_connector_metadata()
         self.scheduler.update_connector_output(report)
         return report
+
+    def finish_copies(self):
+        self.copier.wait_for(set(self.copier._pending), WAIT_S)
 
     def compute(self, req_id, blocks, tokens=PROMPT):
         """A request that is computed in `blocks`, stored and gone."""
