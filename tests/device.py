@@ -6,12 +6,17 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lmcache_ext.ops import pages_cuda, pages_fp8_cuda
+
 CSRC = Path(__file__).resolve().parents[1] / "lmcache_ext" / "ops" / "csrc"
+PAGES_DEVICE = Path(__file__).parent / "native" / "pages_device.cpp"  # pages.cu is launched by CUDA alone
 
 
 def compiler() -> list[str]:
@@ -26,6 +31,17 @@ def built(source: Path, out: Path, *flags: str) -> ctypes.CDLL:
     command = [*compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", *flags]
     subprocess.run([*command, "-x", "c++", str(source), "-o", str(out)], check=True, timeout=120)
     return ctypes.CDLL(str(out))
+
+
+@contextmanager
+def page_kernels(directory: Path) -> Iterator[ctypes.CDLL]:
+    """The Python faces of both page copiers on kernels built for the host; yields the library of the plain one."""
+    plain = pages_cuda.bind(built(PAGES_DEVICE, directory / "pages.so"))
+    fp8 = pages_fp8_cuda.bind(built(CSRC / "pages_fp8.cu", directory / "pages_fp8.so"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_cuda, "_library", lambda: plain)
+        patch.setattr(pages_fp8_cuda, "_library", lambda: fp8)
+        yield plain
 
 
 def aligned(size: int, seed: int | None = None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The same rows as `ops.pages_fp8` writes, bit for bit, quantised and restored on the way: half of the bytes of 16-bit KV
 cross the bus. The library is optional (``python scripts/build_cuda.py``). `benchmarks/gpu/pages_fp8.py` checks and
-times it on a GPU, which has not been done yet; nor does the engine use it.
+times it on a GPU, which has not been done yet. `offload.cuda_copier` uses it.
 
 Thread, order, owner, failure: as for `ops.pages_cuda`.
 """
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Literal
 
 from lmcache_ext.ops import native
 from lmcache_ext.ops.chunks_cuda import present
 from lmcache_ext.ops.page_shape import PageShape, Struct
-from lmcache_ext.ops.pages_cuda import DEFAULT_CTAS, judge
+from lmcache_ext.ops.pages_cuda import DEFAULT_CTAS, Way, judge
 from lmcache_ext.ops.table import Int64s, PageTable
 
 ABI = 1  # kvx_cuda_fp8_abi() in csrc/pages_fp8.cu
@@ -28,7 +27,7 @@ def available() -> bool:
 
 
 def copy_pages(
-    way: Literal["gather", "scatter"],
+    way: Way,
     shape: PageShape,
     table: PageTable,
     block_ids: Int64s,

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,36 +9,22 @@ from hypothesis import strategies as st
 
 from lmcache_ext.ops import pages_cuda, pages_numpy
 from lmcache_ext.ops.table import PageTable
+from tests.device import PAGES_DEVICE, aligned, built
 
-ROOT = Path(__file__).resolve().parents[2]
 UNALIGNED = -(2**63)
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory):
-    """gather and scatter of csrc/pages_transfer.h, run on the host."""
-    compiler = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("g++", "clang++")), "")]
-    if not shutil.which(compiler[0]):
-        pytest.skip("no C++ compiler: apt-get install g++")
-    library = tmp_path_factory.mktemp("device") / "device.so"
-    source = ROOT / "tests" / "native" / "pages_device.cpp"
-    command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
-    return ctypes.CDLL(str(library))
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory):
+    """The Python face on kernels that were built for the host."""
+    library = pages_cuda.bind(built(PAGES_DEVICE, tmp_path_factory.mktemp("device") / "pages.so"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_cuda, "_library", lambda: library)
+        yield
 
 
-def run(function, table, block_ids, rows, row_offsets):
-    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, ctypes.c_int32, pointer, pointer, int64, pointer, int64]
-    function.restype = int64
-    tables = (table.layout.ctypes.data, len(table.tensors), block_ids.ctypes.data, row_offsets.ctypes.data)
-    return function(*tables, block_ids.size, rows.ctypes.data, rows.size)
-
-
-def aligned(size: int, seed: int) -> np.ndarray:
-    """Random bytes that begin at a multiple of 16."""
-    raw = np.random.default_rng(seed).integers(0, 256, size + 16, dtype=np.uint8)
-    return raw[-raw.ctypes.data % 16 :][:size]
+def run(way, table, block_ids, rows, offsets):
+    return pages_cuda.copy_pages(way, table, block_ids, rows.ctypes.data, rows.size, offsets, stream=0)
 
 
 @st.composite
@@ -66,13 +46,13 @@ def cases(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.booleans(), st.integers(0, 2**32))
-def test_every_lane_together_does_what_the_twin_does(device, case, gathers, seed):
+def test_every_lane_together_does_what_the_twin_does(case, gathers, seed):
     shapes, pool_bytes, block_ids, offsets, rows_bytes = case
     pools, rows = [aligned(pool_bytes, seed) for _ in range(2)], [aligned(rows_bytes, seed + 1) for _ in range(2)]
     tables = [PageTable.of((pool.ctypes.data + start, *rest) for start, *rest in shapes) for pool in pools]
     twin = pages_numpy.gather_pages if gathers else pages_numpy.scatter_pages
     expected = twin(tables[0], block_ids, rows[0], offsets)
-    assert run(device.gather if gathers else device.scatter, tables[1], block_ids, rows[1], offsets) == expected
+    assert run("gather" if gathers else "scatter", tables[1], block_ids, rows[1], offsets) == expected
     np.testing.assert_array_equal(pools[0], pools[1])
     np.testing.assert_array_equal(rows[0], rows[1])
 
@@ -80,20 +60,30 @@ def test_every_lane_together_does_what_the_twin_does(device, case, gathers, seed
 @pytest.mark.parametrize(
     ("shape", "offset", "refusal"),
     [
-        ((8, 4, 32, 32), 0, UNALIGNED),
-        ((0, 4, 40, 32), 0, UNALIGNED),
-        ((0, 4, 32, 24), 0, UNALIGNED),
-        ((0, 4, 32, 32), 8, UNALIGNED),
-        ((0, 4, 32, 32), 112, -1),
-        ((0, 1, 32, 32), 0, -1),
+        ((8, 4, 32, 32), 0, "multiple of 16"),
+        ((0, 4, 40, 32), 0, "multiple of 16"),
+        ((0, 4, 32, 24), 0, "multiple of 16"),
+        ((0, 4, 32, 32), 8, "multiple of 16"),
+        ((0, 4, 32, 32), 112, "block or tensor 0 is outside"),
+        ((0, 1, 32, 32), 0, "block or tensor 0 is outside"),
     ],
 )
-def test_what_is_unaligned_or_outside_is_refused_before_a_byte_moves(device, shape, offset, refusal):
+def test_what_is_unaligned_or_outside_is_refused_before_a_byte_moves(shape, offset, refusal):
     pool, rows = aligned(256, 0), aligned(128, 1)
     before = rows.copy()
     table = PageTable.of([(pool.ctypes.data + shape[0], *shape[1:])])
-    assert run(device.gather, table, np.array([1]), rows, np.array([offset])) == refusal
+    with pytest.raises(ValueError, match=refusal):
+        run("gather", table, np.array([1]), rows, np.array([offset]))
     np.testing.assert_array_equal(rows, before)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 48, 32), (0, 4, 40, 32), (0, 4, 48, 24)])
+def test_table_that_would_be_refused_is_known_beforehand(shape):
+    pool = aligned(256, 0)
+    pages_cuda.check_table(PageTable.of([(pool.ctypes.data, 4, 48, 32)]))
+    table = PageTable.of([(pool.ctypes.data, 4, 48, 32), (pool.ctypes.data + shape[0], *shape[1:])])
+    with pytest.raises(ValueError, match=rf"tensor 1: pages of {shape[3]} bytes .* multiples of 16"):
+        pages_cuda.check_table(table)
 
 
 def test_refusals_are_told_apart():
