@@ -211,6 +211,7 @@ class Config(_Part):
     chunk_size: int | Literal["auto"] = 256  # tokens; resolve_chunk_tokens makes it vLLM's
     local_cpu: bool = True
     host_kv_dtype: Literal["auto", "fp8"] = "auto"  # of rows in host memory; auto: as the KV cache has it
+    cuda_page_copier: Literal["vllm", "kernels"] = "vllm"  # who copies pages on NVIDIA's GPUs; fp8 needs the kernels
     cache_policy: Literal["LRU", "ARC", "LFU", "FIFO", "MRU"] = "LRU"
     disk_paths: tuple[str, ...] = ()
     disk_io_threads: int = 4

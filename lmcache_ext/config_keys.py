@@ -63,6 +63,7 @@ SERDES = ("naive", "cachegen", "fp8", "int8", "kivi", "kivi2", "lossless")
 BIT_EXACT_SERDES = ("naive", "lossless")
 LEGACY_SERDES = ("torch", "safetensor", "fast")  # of older LMCache versions: all of them mean plain bytes
 HOST_KV_DTYPES = ("auto", "fp8")
+CUDA_PAGE_COPIERS = ("vllm", "kernels")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _HASHES = ("builtin", "sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 
@@ -317,6 +318,7 @@ _EXTRA_HONOURED = (
     Key("quotas", optional(quotas), "live.quotas"),
     Key("disk_io_threads", whole(1, 256), "disk_io_threads"),
     Key("host_kv_dtype", one_of(*HOST_KV_DTYPES), "host_kv_dtype"),
+    Key("cuda_page_copier", one_of(*CUDA_PAGE_COPIERS), "cuda_page_copier"),
     Key("cachegen_key_bins", list_of(number(1, 4096)), "cachegen_key_bins"),
     Key("cachegen_value_bins", list_of(number(1, 4096)), "cachegen_value_bins"),
 )

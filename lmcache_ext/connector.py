@@ -32,7 +32,7 @@ from lmcache_ext import namespace
 from lmcache_ext.offload import explain, identity, metrics, settings
 from lmcache_ext.offload.adapters import Adapters
 from lmcache_ext.offload.announcer import Announcer, join_controller
-from lmcache_ext.offload.copier import HostPageCopier
+from lmcache_ext.offload.copier import HostPageCopier, PageCopier
 from lmcache_ext.offload.explain import Explainer
 from lmcache_ext.offload.hooks import Hooks
 from lmcache_ext.offload.lookups import ADAPTER_PARAM
@@ -130,6 +130,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             parts = identity.components(vllm_config, kv_cache_config, blocks_per_chunk=blocks, row_bytes=row_bytes)
             if found := loss(self._settings.config):
                 parts["loss"] = found
+            parts |= settings.row_order(extra, found)
             name = namespace.digest(parts).hex()
         else:
             logger.warning(
@@ -388,6 +389,7 @@ class LMCacheConnectorV1(OffloadingConnector):
 
         def body() -> bool:
             super(LMCacheConnectorV1, self).handle_preemptions(kv_connector_metadata)
+            self._begin_copies()
             return True
 
         if not self._hooks.run("handle_preemptions", body, False):  # their blocks may be overwritten under the copy
@@ -400,10 +402,17 @@ class LMCacheConnectorV1(OffloadingConnector):
 
         def body() -> bool:
             super(LMCacheConnectorV1, self).start_load_kv(forward_context, **kwargs)
+            self._begin_copies()
             return True
 
         if not self._hooks.run("start_load_kv", body, False):
             self._give_up({job_id: job.req_id for job_id, job in self._metadata.load_jobs.items()})
+
+    def _begin_copies(self) -> None:
+        """Before the model is given this step's work, which the copies need not wait for."""
+        assert self.connector_worker is not None
+        if isinstance(copier := self.connector_worker.worker, PageCopier):
+            copier.begin()
 
     def _has_deferred_stores(self) -> bool:
         """Whether stores of the last step are to be submitted: vLLM waits with them until its tokens are out."""
@@ -430,7 +439,7 @@ class LMCacheConnectorV1(OffloadingConnector):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         assert self.connector_worker is not None
         loads, copier = self.connector_worker._load_jobs, self.connector_worker.worker
-        if isinstance(copier, HostPageCopier) and not (loads or self._has_failed() or copier.has_news()):
+        if isinstance(copier, PageCopier) and not (loads or self._has_failed() or copier.has_news()):
             return KVConnectorTransferResults()
         if self._metadata.idle and isinstance(copier, HostPageCopier):
             copier.wait_for(set(loads), _IDLE_WAIT_S)
@@ -439,7 +448,7 @@ class LMCacheConnectorV1(OffloadingConnector):
         if received is None:  # nobody will report these any more
             self._give_up(before)
         failed, self._failed_loads = self._metadata.failed_loads | self._failed_loads, set()
-        if isinstance(copier, HostPageCopier):
+        if isinstance(copier, PageCopier):
             self._failed_jobs |= copier.take_failed()
             done = self._failed_jobs & (before.keys() - loads.keys())
             failed.update(before[job_id] for job_id in done)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.logger import init_logger
@@ -24,7 +24,7 @@ from lmcache_ext.errors import ConfigError
 from lmcache_ext.host_memory import HostMemory, check_host_bytes, fitting_bytes, read_host_memory
 from lmcache_ext.offload.element_layout import KV_PAGES, describe, page_shape
 from lmcache_ext.offload.rows import rows_path
-from lmcache_ext.ops import pages_fp8
+from lmcache_ext.ops import pages_cuda, pages_fp8, pages_fp8_cuda
 from lmcache_ext.ops.page_shape import PageShape
 
 if TYPE_CHECKING:
@@ -38,12 +38,17 @@ NAMESPACE = "lmcache_ext.namespace"
 """Connector setting: hex of the namespace, for the spec."""
 HOST_KV_DTYPE = "lmcache_ext.host_kv_dtype"
 """Connector setting: "fp8" where rows hold eight bits for each element, else "auto"."""
+PAGE_COPIER = "lmcache_ext.page_copier"
+"""Connector setting: who copies pages, a `PageCopierName`."""
 WORKER = "lmcache_ext.worker"
 """Connector setting: the number of this engine among those of one instance."""
 FLUSH_TIMEOUT = "lmcache_ext.flush_timeout_s"
 """Connector setting: seconds a stopping engine may spend writing what is not yet stored."""
 LOAD_FAILURE_POLICY = "lmcache_ext.kv_load_failure_policy"
 """Connector setting: "fail" where a user chose that; the same text as in `plugin`, which imports no vllm."""
+
+PageCopierName = Literal["host", "vllm", "kernels"]
+"""`HostPageCopier` on the CPU platform; on GPUs vLLM's own, or `CudaPageCopier`. The second leaves other rows."""
 
 _POLICY_MODULE = "lmcache_ext.offload.policies"
 _POLICIES = {
@@ -88,6 +93,7 @@ def resolve(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings
     config = read_config(vllm_config)
     _extra(vllm_config)[KV_PAGES] = describe(vllm_config, kv_cache_config)
     _extra(vllm_config)[HOST_KV_DTYPE] = config.host_kv_dtype
+    _extra(vllm_config)[PAGE_COPIER] = _page_copier(config)
     settings = _fit(config, vllm_config, kv_cache_config)
     policy, module = _POLICIES[settings.config.cache_policy]
     _extra(vllm_config).update(
@@ -104,6 +110,46 @@ def resolve(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Settings
 def host_shape(extra: Mapping[str, Any]) -> PageShape | None:
     """What a page holds where rows have it in eight bits, from the connector's settings; None where they do not."""
     return page_shape(extra[KV_PAGES])[0] if extra.get(HOST_KV_DTYPE) == "fp8" else None
+
+
+def row_order(extra: Mapping[str, Any], loss: str) -> dict[str, str]:
+    """A part of the namespace on GPUs, where copiers differ in the order of pages in a row.
+
+    None of it for vLLM's own without a `loss`, whose rows are what they were before there was another copier.
+    """
+    copier = extra[PAGE_COPIER]
+    return {"rows": copier} if copier == "kernels" or (copier == "vllm" and loss) else {}
+
+
+def kernels_setting(config: Config) -> str:
+    """The setting that asks for our kernels on a GPU, and where it was written, for messages."""
+    setting = ("host_kv_dtype", "fp8") if config.host_kv_dtype == "fp8" else ("cuda_page_copier", "kernels")
+    key = f"extra_config.{setting[0]}"
+    return f"{config.origin(key).text}: {key}: {setting[1]}"
+
+
+def _page_copier(config: Config) -> PageCopierName:
+    """Checked: raises ConfigError where the one that was asked for cannot run here."""
+    if current_platform.is_cpu():
+        if config.cuda_page_copier != "vllm":
+            logger.info("extra_config.cuda_page_copier is for NVIDIA's GPUs: without effect on the CPU platform")
+        return "host"
+    origin = config.origin("extra_config.cuda_page_copier")
+    if config.host_kv_dtype == "fp8" and config.cuda_page_copier == "vllm" and origin.kind != "default":
+        raise ConfigError(
+            f"{origin.text}: extra_config.cuda_page_copier: vllm leaves pages as they are, and host_kv_dtype: fp8 is "
+            "for the kernels to write: remove one of them"
+        )
+    if config.host_kv_dtype != "fp8" and config.cuda_page_copier == "vllm":
+        return "vllm"
+    reason = ""
+    if not current_platform.is_cuda():
+        reason = f"is for NVIDIA's GPUs, and this platform is {current_platform.device_type}"
+    elif not (pages_cuda.available() and pages_fp8_cuda.available()):
+        reason = "needs the CUDA kernels, which were not built or do not load here: run scripts/build_cuda.py"
+    if reason:
+        raise ConfigError(f"{kernels_setting(config)} {reason}; or remove it: vLLM's own copier then copies pages")
+    return "kernels"
 
 
 def in_rows(native: OffloadingConfig, shape: PageShape | None) -> OffloadingConfig:
@@ -144,9 +190,7 @@ def _check_fp8(config: Config, pages: Mapping[str, Any], native: OffloadingConfi
         reason = f"{native.worker_kv_bytes_per_block} bytes of a block are no whole pages of {shape.page_bytes} bytes"
     if reason:
         reason = f"must know which bytes are keys and which are values, and here {reason}"
-    elif not current_platform.is_cpu():
-        reason = "is for the CPU platform so far"
-    elif not pages_fp8.available():
+    elif current_platform.is_cpu() and not pages_fp8.available():
         reason = "needs the compiled page copier: install this package with a C++ compiler at hand"
     if reason:
         raise ConfigError(

@@ -15,16 +15,26 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from lmcache_ext.config import Config, load_config
+from lmcache_ext.errors import ConfigError
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.copier import HostPageCopier
 from lmcache_ext.offload.cores import spare_cores
+from lmcache_ext.offload.cuda_copier import CudaPageCopier
 from lmcache_ext.offload.element_layout import KV_PAGES, row_layout
 from lmcache_ext.offload.far import FarTiers, num_threads
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.manager import BoundedTieringManager
 from lmcache_ext.offload.rows import open_rows
 from lmcache_ext.offload.serdes import open_serde
-from lmcache_ext.offload.settings import FLUSH_TIMEOUT, NAMESPACE, WORKER, host_shape, in_rows
+from lmcache_ext.offload.settings import (
+    FLUSH_TIMEOUT,
+    NAMESPACE,
+    PAGE_COPIER,
+    WORKER,
+    host_shape,
+    in_rows,
+    kernels_setting,
+)
 from lmcache_ext.offload.tier import CHUNKS_PER_TASK, StoredTier, TierLimits
 from lmcache_ext.serde.base import Serde
 from lmcache_ext.stores.guard import Guarded
@@ -54,7 +64,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
 
     @override
     def create_worker(self, kv_caches: CanonicalKVCaches) -> CPUOffloadingWorker:
-        """The worker on GPUs: vLLM's own, over our region."""
+        """The default worker on GPUs: vLLM's own, over our region."""
         return CPUOffloadingWorker(
             kv_caches=kv_caches,
             blocks_per_chunk=self.blocks_per_chunk,
@@ -64,10 +74,18 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
 
     @override
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        if not current_platform.is_cpu():
+        copier = self.extra_config[PAGE_COPIER]
+        if copier == "vllm":
             return super().get_worker(kv_caches)
         region = self._open_rows(self._worker_rank())
-        return HostPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk, shape=self._shape)
+        if copier == "host":
+            return HostPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk, shape=self._shape)
+        try:
+            return CudaPageCopier(kv_caches, region, blocks_per_chunk=self.blocks_per_chunk, shape=self._shape)
+        except ValueError as error:
+            region.cleanup()
+            setting = kernels_setting(load_config(connector_extra=self.extra_config))
+            raise ConfigError(f"{setting} cannot be had here: {error}; remove it") from error
 
     @override
     def get_manager(self) -> OffloadingManager:
@@ -138,6 +156,7 @@ class LMCacheOffloadingSpec(TieringOffloadingSpec):
             rank_bytes=self.cpu_page_size_per_worker,
             ranks=1 if self.replicated_layout else self.config.parallel.world_size,
             blocks=self.blocks_per_chunk,
+            tensors_first=self.extra_config[PAGE_COPIER] == "vllm",
         )
         return partial(
             open_serde,

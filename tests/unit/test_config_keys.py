@@ -304,6 +304,7 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
         "waiting_time_for_recovery": 9,
         "disk_io_threads": 2,
         "host_kv_dtype": "fp8",
+        "cuda_page_copier": "kernels",
         "cachegen_key_bins": "64, 48",
         "cachegen_value_bins": 12,
     }
@@ -317,7 +318,7 @@ def test_options_of_stores_have_a_typed_place(tmp_path):
     assert (remote.stall_timeout_ms, remote.min_bytes_per_s) == (400, 1000000)
     assert tuple(config.live.health.model_dump().values()) == (3.0, 5, 9.0)
     assert config.disk_io_threads == 2
-    assert config.host_kv_dtype == "fp8"
+    assert (config.host_kv_dtype, config.cuda_page_copier) == ("fp8", "kernels")
     assert (config.cachegen_key_bins, config.cachegen_value_bins) == ((64.0, 48.0), (12.0,))
     assert dict(config.live.extra_config) == options
     assert config.notes == ()
