@@ -59,7 +59,7 @@ class Disk:
     def save(self, name: str, meta: lm.Meta, view: memoryview) -> None:
         """Write, replacing what was there. Raises StoreError."""
         key = _key(name)
-        label = memoryview(_LABEL.pack(meta.fmt, meta.dtype, *meta.shape, meta.location, name.encode().ljust(150)))
+        label = memoryview(_LABEL.pack(meta.fmt, meta.dtype, *meta.shape, meta.location, lm.name_field(name)))
         head = frame.encode(
             namespace=NAMESPACE, key=key, serde_tag=_SERDE_TAG, raw_length=len(view), payload_parts=[label, view]
         )
@@ -112,8 +112,8 @@ class Disk:
             with os.fdopen(fd, "rb") as stream:
                 head = stream.read(HEAD_BYTES)
             if len(head) == HEAD_BYTES:
-                name = _LABEL.unpack_from(head, frame.FRAME_BYTES)[7].rstrip(b" ").decode("ascii", "replace")
-                if lm.is_name(name):
+                name = lm.parse_name(_LABEL.unpack_from(head, frame.FRAME_BYTES)[7])
+                if name is not None:
                     found.append(name)
         return found
 

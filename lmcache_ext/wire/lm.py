@@ -65,10 +65,10 @@ class Request:
     def encode(self) -> bytes:
         """The 186 bytes. Raises ValueError for a name that cannot travel."""
         if not is_name(self.name):
-            raise ValueError(f"name {self.name!r} is not 1 to {NAME_BYTES} printable ASCII characters")
+            raise ValueError(f"name {self.name!r} is not 1 to {NAME_BYTES} bytes of printable UTF-8")
         meta = self.meta
         head = _FIELDS.pack(self.command, self.length, meta.fmt, meta.dtype, meta.location, *meta.shape)
-        return head + self.name.encode().ljust(NAME_BYTES)
+        return head + name_field(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,21 @@ class Reply:
 
 def is_name(name: str) -> bool:
     """Whether it can be a key: trailing blanks are padding, and LIST separates by newlines."""
-    return 0 < len(name) <= NAME_BYTES and name.isascii() and name.isprintable() and not name.endswith(" ")
+    return 0 < len(name.encode()) <= NAME_BYTES and name.isprintable() and not name.endswith(" ")
+
+
+def name_field(name: str) -> bytes:
+    """A key as it travels: UTF-8, for the path of a model may be in any script, padded with blanks."""
+    return name.encode().ljust(NAME_BYTES)
+
+
+def parse_name(field: bytes) -> str | None:
+    """The key in such a field; None where it is none."""
+    try:
+        name = field.rstrip(b" ").decode()
+    except UnicodeDecodeError:
+        return None
+    return name if is_name(name) else None
 
 
 class RequestDecoder(Decoder[Request]):
@@ -101,10 +115,12 @@ class RequestDecoder(Decoder[Request]):
             raise WireError(f"read command {command}, expected 1 to {max(Command)}")
         if length < 0 or (length > 0 and command != Command.PUT):
             raise WireError(f"read length {length} in {Command(command).name}")
-        raw_name = bytes(buffer[_FIELDS.size : REQUEST_BYTES]).rstrip(b" ")
-        name = raw_name.decode("ascii", "replace")
-        if not is_name(name):
-            raise WireError(f"read the key {raw_name[:40]!r}, expected 1 to {NAME_BYTES} printable ASCII characters")
+        field = bytes(buffer[_FIELDS.size : REQUEST_BYTES])
+        name = parse_name(field)
+        if name is None:
+            raise WireError(
+                f"read the key {field.rstrip()[:40]!r}, expected 1 to {NAME_BYTES} bytes of printable UTF-8"
+            )
         a, b, c, d = shape
         return Request(Command(command), name, length, Meta(fmt, dtype, (a, b, c, d), location)), REQUEST_BYTES, length
 

@@ -47,7 +47,13 @@ def test_an_old_client_gets_what_it_put_with_its_metadata(shared: ServerProcess)
 
 
 def test_keys_are_opaque_and_listed(shared: ServerProcess) -> None:
-    names = ["two@parts", "vllm@Qwen/Qwen3-4B@1@0@-5d1b8de6da1b6d09@bfloat16@0", "x" * 150, "m@2@1@5@nodtype@u%b"]
+    names = [
+        "two@parts",
+        "vllm@Qwen/Qwen3-4B@1@0@-5d1b8de6da1b6d09@bfloat16@0",
+        "x" * 150,
+        "m@2@1@5@nodtype@u%b",
+        "/模型/Qwen@1@0@5@half",
+    ]
     with shared.dial() as client:
         for index, name in enumerate(names):
             client.put(name, bytes([index]))

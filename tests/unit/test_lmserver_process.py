@@ -113,8 +113,10 @@ def test_an_old_clients_metadata_survives_and_a_flipped_bit_is_a_miss(tmp_path: 
         client.put(KEY, b"x" * 5000)
         client.put("other@1@0@0@half", b"y" * 5000)
         assert client.exist(KEY)
+        client.put("/模型@1@0@0@half", b"z" * 5000)
+        assert client.exist("/模型@1@0@0@half")
     files = [Path(file.path) for file in list_files(str(tmp_path), None).objects]
-    assert len(files) == 2
+    assert len(files) == 3
     for path in files:
         data = bytearray(path.read_bytes())
         if b"y" * 5000 in data:
@@ -122,6 +124,8 @@ def test_an_old_clients_metadata_survives_and_a_flipped_bit_is_a_miss(tmp_path: 
             path.write_bytes(data)
     with serving("--data-dir", str(tmp_path)) as server, server.dial() as client:
         assert client.get(KEY) == ((200, 5000, 1, 3, 2, 32, 256, 1024, 0), b"x" * 5000)
+        assert "/模型@1@0@0@half" in client.list().split("\n")
+        assert client.get("/模型@1@0@0@half")[1] == b"z" * 5000
         assert client.exist("other@1@0@0@half")
         assert client.get("other@1@0@0@half")[0][0] == 400
         assert not client.exist("other@1@0@0@half")
