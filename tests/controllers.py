@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,14 +18,34 @@ from lmcache_ext.wire import controller as wire
 from lmcache_ext.wire.v2 import encode_keys
 
 
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self._now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+
+
 class RunningController:
     """`with RunningController() as controller:`; `restart` keeps the ports and forgets everything."""
 
     def __init__(
-        self, *, timeout_s: float = 60.0, max_keys: int = 10_000, token_file: str | None = None, host: str = "127.0.0.1"
+        self,
+        *,
+        timeout_s: float = 60.0,
+        max_keys: int = 10_000,
+        token_file: str | None = None,
+        host: str = "127.0.0.1",
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = {"timeout_s": timeout_s, "max_keys": max_keys, "token_file": token_file}
         self._host = host
+        self._now = now
         self.ports = {"http": 0, "pull": 0, "reply": 0}
         self.kept: list[object] = []
 
@@ -43,7 +65,7 @@ class RunningController:
         async def run() -> None:
             self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
             self.controller = Controller(
-                directory, token_file=self._options["token_file"], max_connections=64, sweep_s=0.05
+                directory, token_file=self._options["token_file"], max_connections=64, sweep_s=0.05, now=self._now
             )
             await self.controller.listen(sockets["http"], [*sockets["pull"], *sockets["reply"]])
             ready.set()

@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lmcache_ext.daemons.controller_api import Api
 from lmcache_ext.daemons.controller_args import parse
@@ -50,8 +50,17 @@ class Controller:
     Failure:  a connection too many is closed; an engine that is silent too long is withdrawn.
     """
 
-    def __init__(self, directory: Directory, *, token_file: str | None, max_connections: int, sweep_s: float) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        token_file: str | None,
+        max_connections: int,
+        sweep_s: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.directory = directory
+        self.now = now
         self.counters: Counter[str] = Counter()
         self.links: dict[str, Link] = {}
         """By session, the connection on which an engine tells what it holds."""
@@ -66,7 +75,7 @@ class Controller:
         self._said: set[str] = set()
         self._listeners: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
-        self._started_at = time.monotonic()
+        self._started_at = now()
 
     async def listen(self, http: Sequence[socket.socket], monitors: Sequence[socket.socket]) -> None:
         """Serve bound sockets."""
@@ -90,9 +99,6 @@ class Controller:
         await asyncio.sleep(0)
 
     # -- what links and answers ask
-
-    def now(self) -> float:
-        return time.monotonic()
 
     def new_session(self) -> str:
         return secrets.token_hex(8)
@@ -126,7 +132,7 @@ class Controller:
             "keys": ("chunks that engines hold, each once per engine", self.directory.num_keys),
             "max_keys": ("the limit of keys", self.directory.max_keys),
             "connections": ("open connections of engines", len(self._open)),
-            "uptime_seconds": ("since the start", time.monotonic() - self._started_at),
+            "uptime_seconds": ("since the start", self.now() - self._started_at),
         }
         totals = {
             "registrations": ("of engines", "registered"),

@@ -18,7 +18,7 @@ import zmq
 from lmcache_ext.daemons.controller_args import parse
 from lmcache_ext.wire import controller as wire
 from lmcache_ext.wire.stream import WireError
-from tests.controllers import RunningController, Talker
+from tests.controllers import Clock, RunningController, Talker
 from tests.servers import free_port, until
 
 SPACE = "ab" * 16
@@ -224,23 +224,29 @@ class TestClear:
 
 
 def test_an_engine_that_breaks_off_holds_nothing_and_is_forgotten_after_a_while():
-    with RunningController(timeout_s=0.5) as controller:
+    clock = Clock()
+    with RunningController(timeout_s=60.0, now=clock) as controller:
         joined = Joined(controller, "one", KEYS[:2])
         assert controller.num_keys() == 2
         joined.close()
         until(lambda: controller.num_keys() == 0, "its keys are gone")
+        assert len(controller.workers()) == 1
+        clock.advance(61.0)
         until(lambda: controller.workers() == [], "it is forgotten")
 
 
 def test_an_engine_lives_by_its_heartbeats():
-    with RunningController(timeout_s=0.4) as controller:
-        joined = Joined(controller, "one", KEYS[:2])
-        for _ in range(6):
+    clock = Clock()
+    with RunningController(timeout_s=60.0, now=clock) as controller:
+        joined, silent = Joined(controller, "one", KEYS[:2]), Joined(controller, "two", KEYS[:1])
+        for _ in range(3):
+            clock.advance(40.0)
             answer = joined.reply.say("heartbeat", session=joined.session)
             assert (answer["ok"], answer["sync"]) == (True, False)
-            threading.Event().wait(0.1)
+        assert silent.pull.read() is None  # withdrawn, and the connection closed
         assert controller.num_keys() == 2
-        assert joined.pull.read() is None  # silent now: withdrawn, and the connection closed
+        clock.advance(61.0)
+        assert joined.pull.read() is None
         assert Talker(controller.ports["reply"]).say("heartbeat", session=joined.session)["ok"] is False
 
 
