@@ -38,10 +38,6 @@ class Node:
         return isinstance(self.raw, yaml.MappingNode)
 
     @property
-    def is_list(self) -> bool:
-        return isinstance(self.raw, yaml.SequenceNode)
-
-    @property
     def is_scalar(self) -> bool:
         return isinstance(self.raw, yaml.ScalarNode)
 
