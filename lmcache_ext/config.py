@@ -33,7 +33,6 @@ __all__ = [
     "Health",
     "Infinistore",
     "Live",
-    "Management",
     "Mooncake",
     "Origin",
     "Peer",
@@ -195,16 +194,6 @@ class Controller(_Part):
     token_file: str | None = None
 
 
-class Management(_Part):
-    """LMCache's internal API server; kept for a later version."""
-
-    enabled: bool = False
-    host: str = "127.0.0.1"
-    port_start: int = 6999
-    indexes: tuple[int, ...] = ()
-    socket_path_prefix: str | None = None
-
-
 class Config(_Part):
     """Everything this package was told, typed, with the origin of every setting."""
 
@@ -225,7 +214,6 @@ class Config(_Part):
     live: Live = Live()
     peer: Peer = Peer()
     controller: Controller = Controller()
-    management: Management = Management()
     not_needed: FrozenMapping = Frozen({})  # keys of LMCache without effect here
     origins: Annotated[Mapping[str, Origin], AfterValidator(Frozen), PlainSerializer(_thawed)] = Frozen({})
     notes: tuple[str, ...] = ()

@@ -1,8 +1,7 @@
 """Every key of LMCache 0.5 and of this package: how it is read, where it lives, what stands in for it.
 
-A key with a ``home`` has a place in ``Config``. A key with a ``note`` is accepted and does
-nothing in this version; the note says what stands in for it. A key with both is read, kept
-and typed, and its feature is not here yet.
+A key with a ``home`` has a place in ``Config``. A key with a ``note`` is accepted and does nothing;
+the note says what stands in for it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from lmcache_ext.config_values import (
     whole,
 )
 
-Use = Literal["honoured", "later", "not needed"]
+Use = Literal["honoured", "not needed"]
 
 
 class Key(NamedTuple):
@@ -45,9 +44,7 @@ class Key(NamedTuple):
 
     @property
     def use(self) -> Use:
-        if self.home is None:
-            return "not needed"
-        return "later" if self.note else "honoured"
+        return "not needed" if self.home is None else "honoured"
 
 
 def _table(*keys: Key) -> dict[str, Key]:
@@ -108,15 +105,6 @@ _HONOURED = (
 _PEER_TIMES = "blocking_timeout_secs bounds what a peer may take, and one that fails is left alone for 5 s"
 _OLD_CONTROLLER = "the controller is told by enable_controller, controller_pull_url and controller_reply_url"
 _TELLING = "what host memory holds is told in batches of its own size, on the connections of the two URLs"
-_MANAGEMENT = "no management server in this version: the model server's own port has /metrics and health"
-_LATER = (
-    Key("internal_api_server_enabled", boolean, "management.enabled", _MANAGEMENT),
-    Key("internal_api_server_host", text, "management.host", _MANAGEMENT),
-    Key("internal_api_server_port_start", port, "management.port_start", _MANAGEMENT),
-    Key("internal_api_server_include_index_list", optional(list_of(whole(-1))), "management.indexes", _MANAGEMENT),
-    Key("internal_api_server_socket_path_prefix", optional(text), "management.socket_path_prefix", _MANAGEMENT),
-)
-
 _PD = "prefill and decode are not split here: use a vLLM connector made for it, such as NixlConnector"
 _GDS = "files are read into host memory and copied from there: use local_disk"
 _LAZY = "host memory is one mapping that the kernel fills on first use"
@@ -147,6 +135,14 @@ _NOT_NEEDED = (
         "every tier is read and written: leave out the tier that should not be",
         retrieve_locations=optional(list_of(text)),
         store_location=optional(text),
+    ),
+    *_not_needed(
+        "there is no management server: the model server's own port has /metrics and health",
+        internal_api_server_enabled=boolean,
+        internal_api_server_host=text,
+        internal_api_server_port_start=port,
+        internal_api_server_include_index_list=optional(list_of(whole(-1))),
+        internal_api_server_socket_path_prefix=optional(text),
     ),
     *_not_needed("there is no multiprocess server to talk to", mp_host=optional(text), mp_port=port),
     *_not_needed(
@@ -254,7 +250,7 @@ _NOT_NEEDED = (
     ),
 )
 
-KEYS: dict[str, Key] = _table(*_HONOURED, *_LATER, *_NOT_NEEDED)
+KEYS: dict[str, Key] = _table(*_HONOURED, *_NOT_NEEDED)
 
 # Old name -> today's; LMCache keeps twelve such aliases and drops ten of them.
 RENAMED = {

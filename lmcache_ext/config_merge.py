@@ -212,7 +212,7 @@ def _read(setting: Setting, result: Draft) -> None:
     except ValueError as error:
         raise refusal(setting, str(error)) from None
     if key.use != "honoured":
-        result.note(setting, f"{'kept, but without effect' if key.use == 'later' else 'not needed'}: {key.note}")
+        result.note(setting, f"not needed: {key.note}")
     if key.home is None:
         result.not_needed[setting.key] = value
     elif value is not None:

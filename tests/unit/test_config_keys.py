@@ -42,14 +42,12 @@ HONOURED = [
     ("lmcache_worker_heartbeat_delay_time", 5, 5.0),
     ("lmcache_worker_heartbeat_time", 10, 10.0),
 ]
-LATER = [
+NOT_NEEDED = [
     ("internal_api_server_enabled", True, True),
     ("internal_api_server_host", "0.0.0.0", "0.0.0.0"),
     ("internal_api_server_port_start", 7000, 7000),
     ("internal_api_server_include_index_list", [0, 1], (0, 1)),
     ("internal_api_server_socket_path_prefix", "/tmp/api", "/tmp/api"),
-]
-NOT_NEEDED = [
     ("local_cpu_use_hugepages", True, True),
     ("reserve_local_cpu_size", 1.0, GIB),
     ("local_disk_path_sharding", "by_gpu", "by_gpu"),
@@ -125,9 +123,7 @@ NOT_NEEDED = [
     ("hidden_state_layers", [1, -1], (1, -1)),
     ("hidden_states_retrieve_mode", "prefix_strict", "prefix_strict"),
 ]
-TABLE = [
-    (use, *row) for use, rows in (("honoured", HONOURED), ("later", LATER), ("not needed", NOT_NEEDED)) for row in rows
-]
+TABLE = [(use, *row) for use, rows in (("honoured", HONOURED), ("not needed", NOT_NEEDED)) for row in rows]
 LEGACY = [
     "pipelined_backend",
     "use_experimental",
