@@ -8,7 +8,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -33,11 +35,18 @@ def built(source: Path, out: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(out))
 
 
+@cache
+def page_libraries() -> tuple[ctypes.CDLL, ctypes.CDLL, TemporaryDirectory[str]]:
+    """Those of the plain page copier and of the one to eight bits, built once; and where they lie until the end."""
+    kept = TemporaryDirectory()
+    plain = pages_cuda.bind(built(PAGES_DEVICE, Path(kept.name, "pages.so")))
+    return plain, pages_fp8_cuda.bind(built(CSRC / "pages_fp8.cu", Path(kept.name, "pages_fp8.so"))), kept
+
+
 @contextmanager
-def page_kernels(directory: Path) -> Iterator[ctypes.CDLL]:
+def page_kernels() -> Iterator[ctypes.CDLL]:
     """The Python faces of both page copiers on kernels built for the host; yields the library of the plain one."""
-    plain = pages_cuda.bind(built(PAGES_DEVICE, directory / "pages.so"))
-    fp8 = pages_fp8_cuda.bind(built(CSRC / "pages_fp8.cu", directory / "pages_fp8.so"))
+    plain, fp8, _ = page_libraries()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages_cuda, "_library", lambda: plain)
         patch.setattr(pages_fp8_cuda, "_library", lambda: fp8)

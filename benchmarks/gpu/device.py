@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lmcache_ext.ops import native
+from lmcache_ext.ops.launches_cuda import Driver
 
 ROOT = Path(__file__).resolve().parents[2]
 REPEATS = 9
@@ -59,6 +61,39 @@ def on_a_stream(device: str) -> AbstractContextManager[object]:
 def stream_of(device: str) -> int:
     """The current ``cudaStream_t``."""
     return torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+
+
+class AtOnce:
+    """The host as `ops.launches_cuda` sees a device: what is asked of it has been done."""
+
+    class Stream:
+        cuda_stream = 0
+
+        def wait_stream(self, stream: object, /) -> None:
+            pass
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at_s = 0.0
+
+        def record(self, stream: object, /) -> None:
+            self.at_s = time.perf_counter()
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any, /) -> float:
+            return (end.at_s - self.at_s) * 1e3
+
+    def current_stream(self) -> Stream:
+        return self.Stream()
+
+
+def driver_of(device: str) -> Driver:
+    return torch.cuda if device == "cuda" else AtOnce()
 
 
 def wait(device: str) -> None:

@@ -27,11 +27,13 @@ from scripts import build_cuda
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SCRIPTS = ("pages", "pages_fp8", "codecs")
+SCRIPTS = ("pages", "pages_fp8", "launches", "worker", "codecs")
 LIMIT_S = 300.0  # of each; they take a minute or two, and a kernel that hangs must not cost the machine
 TITLES = {
     "pages": "Pages between the GPU's tensors and pinned rows, GB/s",
     "pages_fp8": "The same to and from rows of eight bits, GB/s of KV as the GPU has it",
+    "launches": "A step's stores and loads, begun together on streams of their own",
+    "worker": "The worker that an engine has, beside vLLM's own, GB/s of KV as the GPU has it",
     "codecs": "Codecs of rows in the GPU's memory, GB/s of raw KV",
 }
 
@@ -104,8 +106,8 @@ def run(script: Path, *arguments: str) -> Told:
 
 
 def verdicts(told: Told) -> list[str]:
-    """What a script says about its targets, or that it came to none."""
-    found = [line for line in told["lines"] if line.startswith("target")]
+    """What a script says about its targets, or what it says instead of one; or that it came to none."""
+    found = [line for line in told["lines"] if line.startswith(("target", "faster", "skipped"))]
     if told["exit_status"] in (0, 1) and found:
         return found
     said = told["lines"][-1] if told["lines"] else "nothing"

@@ -11,7 +11,8 @@ Owner:   the caller keeps tensors and rows alive until all has finished; tables 
 Failure: a copy that is refused, or whose launch or GPU fails, has finished without bytes; not before the GPU is through
          with what was launched for it, as until then blocks or rows of it may still be written.
 
-None of it has met a GPU yet: the tests run it on stand-ins of streams and events (`tests/cuda_streams.py`).
+None of it has met a GPU yet: the tests run it on stand-ins of streams and events (`tests/cuda_streams.py`), and
+`benchmarks/gpu/launches.py` is what runs it on a real one.
 """
 
 from __future__ import annotations

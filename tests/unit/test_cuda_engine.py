@@ -62,8 +62,8 @@ def layout_of(order):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    with page_kernels(tmp_path_factory.mktemp("device")) as plain:
+def library():
+    with page_kernels() as plain:
         yield plain
 
 

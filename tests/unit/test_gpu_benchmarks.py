@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks.gpu import codecs, device, pages_fp8, run
-from lmcache_ext.ops import cachegen, cachegen_cuda, fixed_cuda, pages_fp8_cuda
-from tests.device import CSRC, built
+from benchmarks.gpu import codecs, device, launches, pages_fp8, run, worker
+from lmcache_ext.offload import cuda_copier
+from lmcache_ext.ops import cachegen, cachegen_cuda, fixed_cuda
+from tests.device import CSRC, built, page_kernels
 
 if not cachegen.available():
     pytest.skip("no compiler was there when the package was installed", allow_module_level=True)
@@ -18,8 +19,8 @@ if not cachegen.available():
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     out = tmp_path_factory.mktemp("device")
-    with pytest.MonkeyPatch.context() as patch:
-        for face, name in ((cachegen_cuda, "cachegen"), (fixed_cuda, "fixed"), (pages_fp8_cuda, "pages_fp8")):
+    with page_kernels(), pytest.MonkeyPatch.context() as patch:
+        for face, name in ((cachegen_cuda, "cachegen"), (fixed_cuda, "fixed")):
             library = face.bind(built(CSRC / f"{name}.cu", out / f"{name}.so"))
             patch.setattr(face, "_library", lambda library=library: library)
         yield
@@ -56,6 +57,48 @@ def test_copy_that_differs_from_its_twin_is_noticed(kernels, monkeypatch, twin, 
     monkeypatch.setattr(pages_fp8.pages_fp8_numpy, twin, lambda *arguments: 0)
     with pytest.raises(AssertionError, match=difference):
         pages_fp8.check(pages_fp8.CHECKED[0], "bfloat16", "cpu")
+
+
+def test_copies_of_a_step_are_checked_and_timed(kernels, monkeypatch, capsys):
+    monkeypatch.setattr(device, "REPEATS", 1)
+    monkeypatch.setattr(launches, "FORMS", launches.FORMS[:2])
+    monkeypatch.setattr(launches, "TIMED", launches.FORMS[0])
+    assert launches.main(["--device", "cpu", "--mib", "1"]) == 0
+    (table,), lines = run.tables_and_lines(capsys.readouterr().out.splitlines())
+    assert [row["8 requests'"] for row in table] == ["stores", "loads", "stores and loads"] * 2
+    assert sum("as the twin" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize(("twin", "difference"), [("gather_pages", "stored rows"), ("scatter_pages", "loaded pages")])
+@pytest.mark.parametrize("script", [launches, worker])
+def test_step_that_differs_from_its_twin_is_noticed(kernels, monkeypatch, script, twin, difference):
+    monkeypatch.setattr(cuda_copier, "pin_mmap_region", pretend_to_pin)
+    monkeypatch.setattr(script.pages_numpy, twin, lambda *arguments: 0)
+    with pytest.raises(AssertionError, match=difference):
+        script.check(pages_fp8.CHECKED[0], False if script is launches else "kernels", "cpu")
+
+
+def pretend_to_pin(region):
+    region.is_pinned = True
+
+
+def test_worker_of_an_engine_is_checked_and_timed(kernels, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_copier, "pin_mmap_region", pretend_to_pin)
+    monkeypatch.setattr(device, "REPEATS", 1)
+    monkeypatch.setattr(worker, "PAGES", worker.PAGES[:1])
+    assert worker.main(["--device", "cpu", "--mib", "1"]) == 0
+    (table,), lines = run.tables_and_lines(capsys.readouterr().out.splitlines())
+    assert [row["page"] for row in table] == ["4 KiB", "4 KiB"]
+    assert sum("as the twin" in line for line in lines) == 4
+    assert lines[-1].startswith("faster than vLLM's own: ")
+
+
+def test_worker_without_vllm_is_skipped_with_a_word(monkeypatch, capsys):
+    monkeypatch.setattr(worker, "LACKING", "vLLM is not here (No module named 'vllm')")
+    assert worker.main([]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert run.verdicts({"exit_status": 0, "tables": [], "lines": [line]}) == [line]
+    assert line.startswith("skipped: vLLM is not here")
 
 
 def test_run_keeps_tables_lines_and_exit_status(tmp_path):

@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 
 from lmcache_ext.ops import pages_cuda, pages_numpy
 from lmcache_ext.ops.table import PageTable
-from tests.device import PAGES_DEVICE, aligned, built
+from tests.device import aligned, page_kernels
 
 UNALIGNED = -(2**63)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory):
+def kernels():
     """The Python face on kernels that were built for the host."""
-    library = pages_cuda.bind(built(PAGES_DEVICE, tmp_path_factory.mktemp("device") / "pages.so"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages_cuda, "_library", lambda: library)
+    with page_kernels():
         yield
 
 

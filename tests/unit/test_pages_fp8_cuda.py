@@ -11,19 +11,17 @@ from lmcache_ext.ops import pages_fp8, pages_fp8_cuda, pages_fp8_numpy
 from lmcache_ext.ops.layout import DTYPES
 from lmcache_ext.ops.page_shape import PageShape
 from lmcache_ext.ops.table import PageTable
-from tests.device import CSRC, aligned, built
+from tests.device import aligned, page_kernels
 from tests.unit.test_pages_fp8 import Case, cases, elements_like
 
 KINDS = ["any bits", "numbers", "small", "zero"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory):
+def kernels():
     """The Python face on kernels that were built for the host."""
-    library = pages_fp8_cuda.bind(built(CSRC / "pages_fp8.cu", tmp_path_factory.mktemp("device") / "pages_fp8.so"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages_fp8_cuda, "_library", lambda: library)
-        yield library
+    with page_kernels():
+        yield
 
 
 @st.composite
