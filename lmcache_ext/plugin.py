@@ -27,7 +27,9 @@ def takes_over() -> bool:
     """Whether the LMCache connector names mean ours in this process."""
     if os.environ.get("LMCACHE_EXT_ENABLE", "").lower() in ("1", "true", "yes", "on"):
         return True
-    return importlib.util.find_spec("lmcache") is None
+    found = importlib.util.find_spec("lmcache")
+    # no origin: not a package but a directory of that name, as /lmcache is, the guide's mount, to a process in /
+    return found is None or found.origin is None
 
 
 def register() -> None:

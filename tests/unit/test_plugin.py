@@ -24,9 +24,18 @@ def real_lmcache(monkeypatch):
     class Finder:
         @staticmethod
         def find_spec(name, path=None, target=None):
-            return importlib.machinery.ModuleSpec(name, None) if name == "lmcache" else None
+            return (
+                importlib.machinery.ModuleSpec(name, None, origin="/lmcache/__init__.py") if name == "lmcache" else None
+            )
 
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+
+
+@pytest.fixture
+def mounted_config_map(monkeypatch, tmp_path):
+    (tmp_path / "lmcache").mkdir()
+    (tmp_path / "lmcache" / "lmcache_config.yaml").write_text("chunk_size: 256\n")
+    monkeypatch.syspath_prepend(tmp_path)  # as python -m has the directory it is started in
 
 
 def resolved(name):
@@ -46,6 +55,12 @@ def test_the_real_lmcache_keeps_its_names():
     before = dict(KVConnectorFactory._registry)
     plugin.register()
     assert KVConnectorFactory._registry == before
+
+
+@pytest.mark.usefixtures("mounted_config_map")
+def test_a_directory_called_lmcache_is_not_the_real_one():
+    plugin.register()
+    assert resolved(plugin.CONNECTOR_NAME) is connector.LMCacheConnectorV1
 
 
 @pytest.mark.usefixtures("real_lmcache")
