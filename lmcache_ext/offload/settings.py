@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from lmcache_ext.config import Config, load_config, resolve_chunk_tokens
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.frame import FRAME_BYTES
 from lmcache_ext.host_memory import HostMemory, check_host_bytes, fitting_bytes, read_host_memory
 from lmcache_ext.offload.element_layout import KV_PAGES, describe, page_shape
 from lmcache_ext.offload.rows import rows_path
@@ -177,6 +178,7 @@ def _fit(config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     blocks = _blocks_per_chunk(config, native.groups, kv_cache_config, block_bytes)
     row_bytes = round_up(block_bytes * blocks, SharedOffloadRegion.BLOCK_SIZE_ALIGNMENT)
     tokens = blocks * max(group.tokens_per_block for group in native.groups)
+    _check_disk(config, row_bytes, tokens)
     memory = read_host_memory(own_rows=rows_path(native.engine_id))
     max_model_len = vllm_config.model_config.max_model_len
     host_bytes = _host_bytes(config, memory, row_bytes, tokens, len(native.groups), max_model_len)
@@ -197,6 +199,19 @@ def _check_fp8(config: Config, pages: Mapping[str, Any], native: OffloadingConfi
             f"{config.origin('extra_config.host_kv_dtype').text}: extra_config.host_kv_dtype: fp8 {reason}; or remove "
             "it: rows then hold the KV cache as it is"
         )
+
+
+def _check_disk(config: Config, row_bytes: int, chunk_tokens: int) -> None:
+    """Raise ConfigError where no chunk would ever fit. What a compressing serde makes of one is not known yet."""
+    capacity_bytes, num_paths = config.live.disk_capacity_bytes, len(config.disk_paths)
+    needed = (row_bytes + FRAME_BYTES) * num_paths  # each directory has an equal share
+    if capacity_bytes is None or config.local_disk_serde != "naive" or capacity_bytes >= needed:
+        return
+    where = f" in each of {num_paths} directories" if num_paths > 1 else ""
+    raise ConfigError(
+        f"max_local_disk_size of {capacity_bytes} bytes ({config.origin('max_local_disk_size').text}) holds no chunk: "
+        f"one of {chunk_tokens} tokens{where} takes {needed} bytes; raise max_local_disk_size or lower chunk_size"
+    )
 
 
 def _blocks_per_chunk(config: Config, groups: Any, kv_cache_config: KVCacheConfig, block_bytes: int) -> int:  # noqa: ANN401

@@ -73,6 +73,25 @@ class TestChunk:
         assert resolve(groups, chunk_size=64)[0].blocks_per_chunk == 1
 
 
+class TestDiskBytes:
+    ROW = 4 * BLOCK_BYTES
+    SMALL = {"chunk_size": 64, "max_local_cpu_size": "1Mi"}
+
+    def test_too_few_for_one_chunk_name_both_numbers(self, resolve):
+        with pytest.raises(
+            ConfigError, match=rf"max_local_disk_size of {self.ROW} bytes .* takes {self.ROW + 64} bytes"
+        ):
+            resolve(**self.SMALL, local_disk="/a", max_local_disk_size=f"{self.ROW}B")
+        resolve(**self.SMALL, local_disk="/a", max_local_disk_size=f"{self.ROW + 64}B")
+
+    def test_are_shared_by_all_directories(self, resolve):
+        with pytest.raises(ConfigError, match=f"in each of 2 directories takes {2 * (self.ROW + 64)} bytes"):
+            resolve(**self.SMALL, local_disk="/a,/b", max_local_disk_size=f"{self.ROW + 64}B")
+
+    def test_of_a_serde_that_compresses_are_not_judged(self, resolve):
+        resolve(**self.SMALL, local_disk="/a", max_local_disk_size=f"{self.ROW}B", local_disk_serde="lossless")
+
+
 class TestHostBytes:
     def test_too_few_for_one_chunk_name_both_numbers(self, resolve):
         with pytest.raises(ConfigError, match=r"10240 bytes .* takes 32768 bytes"):
