@@ -92,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         self._is_at_eof = False
         self._is_reading = True
         self._is_lost = False
+        self._is_made = False
         self._loop = asyncio.get_running_loop()
         self._last_used = self._opened_at = self._loop.time()
         self._read_deadline: float | None = None
@@ -102,6 +103,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._outbox = Outbox(self._transport, self.host.counters, self._advance)
+        self._is_made = True
         self.peer = str(transport.get_extra_info("peername"))
         if not self.host.admits(self):
             self._transport.abort()
@@ -139,10 +141,12 @@ class Connection(asyncio.BufferedProtocol):
         return not self._transport.is_closing() and self._transport.get_extra_info("sslcontext") is None
 
     def pause_writing(self) -> None:
-        self._outbox.pause()
+        if self._is_made:  # a TLS handshake that fails is paused without ever having been a connection
+            self._outbox.pause()
 
     def resume_writing(self) -> None:
-        self._outbox.resume()
+        if self._is_made:
+            self._outbox.resume()
 
     # -- what dialects call
 

@@ -279,7 +279,7 @@ def connect(address: Address, tls: ssl.SSLContext | None, token: bytes, timeout_
     line = Line.connect(address, tls, timeout_s)
     try:
         line.begin(deadline - time.monotonic())
-        if v2.speaks_v2(_ask(line, v2.hello_request())):
+        if v2.speaks_v2(_first_answer(line, "a certificate (tls_cert)" if tls else "TLS (tls_ca)")):
             return V2Link(line, address, token)
         if token:
             raise StoreUnavailable(f"{address}: a token is set, and this server knows no tokens")
@@ -290,6 +290,14 @@ def connect(address: Address, tls: ssl.SSLContext | None, token: bytes, timeout_
         line.close()
         raise
     return OldLink(line, address)
+
+
+def _first_answer(line: Line, wanted: str) -> lm.Reply:
+    """What the server says first. One that closes instead says no reason, so we name those there are."""
+    try:
+        return _ask(line, v2.hello_request())
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"{error}; it may want {wanted}, or take no more connections") from error
 
 
 def _ask(line: Line, request: lm.Request) -> lm.Reply:

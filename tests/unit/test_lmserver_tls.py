@@ -84,8 +84,16 @@ def test_a_server_with_the_name_of_another(tls: ServerProcess, authority: Author
 
 
 def test_a_client_without_tls_is_unavailable_and_no_hang(tls: ServerProcess) -> None:
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreUnavailable, match=r"it may want TLS \(tls_ca\)"):
         open_store(tls, connect_timeout_s=1).ping()
+
+
+def test_handshakes_that_fail_leave_no_traceback_in_the_servers_log(tls: ServerProcess, authority: Authority) -> None:
+    for options in ({"tls": True}, {}):
+        with pytest.raises(StoreError):
+            open_store(tls, connect_timeout_s=1, **options).ping()
+    assert_round_trip(open_store(tls, tls_ca=authority.path))
+    assert "Traceback" not in tls.log()
 
 
 def test_mutual_tls_with_a_certificate(mutual: ServerProcess, authority: Authority) -> None:
@@ -95,8 +103,9 @@ def test_mutual_tls_with_a_certificate(mutual: ServerProcess, authority: Authori
 
 
 def test_mutual_tls_without_a_certificate(mutual: ServerProcess, authority: Authority) -> None:
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailable, match=r"it may want a certificate \(tls_cert\)"):
         open_store(mutual, tls_ca=authority.path).ping()
+    assert "Traceback" not in mutual.log()
 
 
 def test_mutual_tls_with_a_certificate_of_another_authority(
