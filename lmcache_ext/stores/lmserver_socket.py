@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lmcache_ext.errors import StoreStalled, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Pace
-from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, send_some
+from lmcache_ext.stores.sockets import AGAIN, TimedSocket, after, bytes_of, cut
 
 SCRATCH_BYTES = 256 * 1024
 
@@ -34,6 +34,8 @@ class Line:
 
     def __init__(self, sock: socket.socket, address: Address) -> None:
         self._sock = sock
+        self._timed = TimedSocket(sock)
+        self._blocks = False
         self._address = address
         self._deadline = 0.0
         self._timeout_s = 0.0
@@ -70,6 +72,7 @@ class Line:
     def is_quiet(self) -> bool:
         """Whether nothing came while it lay idle: neither stray bytes nor the end of the stream."""
         try:
+            self._blocks = False
             self._sock.settimeout(0.0)
             self._sock.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -85,7 +88,7 @@ class Line:
 
     def send(self, parts: Sequence[memoryview]) -> None:
         """Send the concatenation of `parts`."""
-        left = [bytes_of(part) for part in parts if part.nbytes]
+        left = list(map(bytes_of, parts))
         with _errors(self._address, "send", self._timeout_s):
             while left:
                 left = after(left, self._send_some(left))
@@ -98,12 +101,12 @@ class Line:
 
     def read_into(self, parts: Sequence[memoryview], num_bytes: int) -> None:
         """Exactly `num_bytes` into `parts`, in order; they have room for them."""
-        left = cut(parts, 0, num_bytes)
+        left = cut(list(map(bytes_of, parts)), 0, num_bytes)
         with _errors(self._address, "read", self._timeout_s):
             while left:
                 came = self._receive_in_time(left)
                 if came == 0:
-                    num_left = sum(view.nbytes for view in left)
+                    num_left = sum(map(len, left))
                     raise ConnectionResetError(errno.ECONNRESET, f"closed with {num_left} bytes still to come")
                 left = after(left, came)
 
@@ -123,8 +126,8 @@ class Line:
         if isinstance(self._sock, ssl.SSLSocket):  # it has neither vectors nor MSG_WAITALL
             self._sock.settimeout(self._left_s())
             return self._sock.send(left[0])
-        self._sock.settimeout(None)
-        return send_some(self._sock, left, self._left_s())
+        self._prepare()
+        return self._timed.send(left, self._left_s())
 
     def _receive_in_time(self, left: Sequence[memoryview]) -> int:
         """Some of what is left; 0 is the end. Raises StoreStalled, StoreTimeout, OSError."""
@@ -132,7 +135,7 @@ class Line:
             return self._receive(left, self._left_s())
         try:
             came = self._receive(left, min(self._left_s(), self._pace.wait_s()))
-            if 0 < came < sum(view.nbytes for view in left):
+            if 0 < came < sum(map(len, left)):
                 self._pace.came(came)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
             if time.monotonic() >= self._deadline:
@@ -144,8 +147,14 @@ class Line:
         if isinstance(self._sock, ssl.SSLSocket):
             self._sock.settimeout(wait_s)
             return self._sock.recv_into(left[0])
-        self._sock.settimeout(None)
-        return receive_all(self._sock, left, wait_s)
+        self._prepare()
+        return self._timed.receive_all(left, wait_s)
+
+    def _prepare(self) -> None:
+        """Have the kernel keep time, not Python."""
+        if not self._blocks:
+            self._sock.settimeout(None)
+            self._blocks = True
 
     def _left_s(self) -> float:
         left_s = self._deadline - time.monotonic()

@@ -54,7 +54,7 @@ INCOMPLETE: Final = Incomplete()
 
 Reply: TypeAlias = "bytes | int | ErrorReply | list[Reply] | None"
 Argument: TypeAlias = "bytes | int | Sequence[memoryview]"
-"""Of a command; a sequence of views is one bulk string, which is their concatenation."""
+"""Of a command; a sequence of views of bytes is one bulk string, which is their concatenation."""
 
 
 def encode(arguments: Sequence[Argument]) -> list[bytes | memoryview]:
@@ -67,10 +67,11 @@ def encode(arguments: Sequence[Argument]) -> list[bytes | memoryview]:
         if isinstance(argument, bytes):
             small.append(b"$%d\r\n%b\r\n" % (len(argument), argument))
             continue
-        small.append(b"$%d\r\n" % sum(view.nbytes for view in argument))
+        small.append(b"$%d\r\n" % sum(map(len, argument)))
         buffers += [b"".join(small), *argument]
         small = [b"\r\n"]
-    return [*buffers, b"".join(small)]
+    buffers.append(b"".join(small))
+    return buffers
 
 
 class Decoder:
@@ -194,10 +195,10 @@ class Decoder:
         return items, at
 
 
-def check_end(data: bytes) -> None:
+def check_end(data: bytes | memoryview) -> None:
     """What follows a payload must be a line end. Raises StoreUnavailable."""
     if data != b"\r\n":
-        raise StoreUnavailable(f"a payload of another length than told: {_shown(data)} after it")
+        raise StoreUnavailable(f"a payload of another length than told: {_shown(bytes(data))} after it")
 
 
 def _number(text: bytes) -> int:

@@ -54,9 +54,9 @@ class RespStore(Store):
         self._lookup_timeout_s = options.lookup_timeout_s or options.request_timeout_s
         self._floor = Floor(options.stall_timeout_s, options.min_bytes_per_s)
         self._ttl_ms = None if options.ttl_s is None else max(1, round(options.ttl_s * 1000))
-        self._touches = options.ttl_touch and options.ttl_s is not None
         self._part_bytes = options.part_bytes
         self._whole_bytes = int(WHOLE_PARTS * options.part_bytes)
+        self._reading = _reading(self._ttl_ms if options.ttl_touch else None)
         self._topology = topology
         self._clock = clock
 
@@ -194,9 +194,6 @@ class RespStore(Store):
                 gone += [(reading.key, (b"UNLINK", *names))] if names else []
             self._ask(gone, deadline)
 
-    def _reading(self, name: bytes) -> Command:
-        return (b"GETEX", name, b"PX", self._ttl_ms) if self._touches and self._ttl_ms else (b"GET", name)
-
     def _setting(self, name: bytes, value: Sequence[memoryview]) -> Command:
         return (b"SET", name, value) if self._ttl_ms is None else (b"SET", name, value, b"PX", self._ttl_ms)
 
@@ -273,6 +270,13 @@ def _try_server(
         for transfer in transfers:
             if not transfer.is_done:
                 transfer.end(error)
+
+
+def _reading(touch_ms: int | None) -> Callable[[bytes], bytes]:
+    """What encodes the command that reads a value, and has it live on for so long."""
+    if touch_ms is None:
+        return lambda name: b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
+    return lambda name: b"".join(encode((b"GETEX", name, b"PX", touch_ms)))
 
 
 def _value(outcome: T | StoreError) -> T:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Floor, Pace
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
-from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, receive_all, receive_some, round_trip_s, send_some
+from lmcache_ext.stores.sockets import AGAIN, TimedSocket, after, cut, round_trip_s
 
 RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
@@ -20,12 +20,12 @@ RECEIVE_BYTES = 4 * 1024
 MAX_DRAIN_BYTES = 1024**2
 """Of a payload that nobody wants: beyond it a new connection is cheaper."""
 
-AHEAD_BYTES = 4 * 1024**2
-"""Sent and not answered: enough that neither side waits for the other."""
+AHEAD_BYTES = 640 * 1024
+"""Sent and not answered, or asked for and not received yet, of a server next door: two or three parts of an object.
+What is still in a cache when it is sent or received costs half (benchmarks/RESULTS.md)."""
 
-READ_AHEAD_BYTES = 640 * 1024
-"""Asked for and not received yet, of a server next door: three parts. Redis copies each value into its list of replies,
-and what is still in the cache when it is sent costs half (benchmarks/RESULTS.md)."""
+MAX_AHEAD_BYTES = 4 * 1024**2
+"""The same, of a server far away."""
 
 LINK_BYTES_PER_S = 4e9
 """A server farther away is asked for so much more that a link so fast is not idle for a round trip."""
@@ -36,11 +36,8 @@ MIN_AHEAD = 2
 MAX_AHEAD = 128
 """Values asked for ahead, however small; the server keeps the answers in its memory."""
 
-JOINED_BYTES = 2 * 1024**2
-"""So many bytes of commands travel in one system call. Four SETs of 1 MiB, each in a call of its own, take 0.29 CPU
-seconds per GB on a busy machine, two by two 0.21; alone on it the difference is within noise.
-Four in one call take 0.17, but that is more than socket buffers hold: the no of a server that does not read would be
-heard late."""
+JOINED_BYTES = 256 * 1024
+"""So many bytes of small commands travel in one system call; a part of an object has one of its own."""
 
 
 _USUAL: dict[Argument, tuple[bytes, Reply]] = {
@@ -121,9 +118,11 @@ class Wire:
     def __init__(self, sock: socket.socket, owner: object = None, label: str = "server") -> None:
         self.label = label
         self._socket = sock
+        self._timed = TimedSocket(sock)
         self._owner = owner
         self._decoder = Decoder()
         self._scratch = memoryview(bytearray(RECEIVE_BYTES))
+        self._end = memoryview(bytearray(2))
         self._num_expected = 0
         self._in_doubt = False
         self._is_stuck = False
@@ -141,10 +140,8 @@ class Wire:
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used: the other side neither closed it nor sent anything."""
-        self._blocks = False
         try:
-            self._socket.settimeout(0.0)
-            self._socket.recv(1)
+            self._receive_nothing()
         except (BlockingIOError, ssl.SSLWantReadError):
             return True
         except OSError:
@@ -154,11 +151,11 @@ class Wire:
     def send(self, buffers: Sequence[bytes | memoryview], num_replies: int, deadline: Deadline) -> None:
         """Send everything; `num_replies` are expected then."""
         self._num_expected += num_replies
-        views = [view for view in map(bytes_of, buffers) if view.nbytes]
+        left = buffers
         try:
-            self._prepare(deadline)
-            while views:
-                views = after(views, self._send_some(views, deadline))
+            self._prepare()
+            while left:
+                left = after(left, self._send_some(left, deadline))
         except (OSError, StoreError) as error:
             raise self._failure(error, deadline) from error
 
@@ -174,16 +171,12 @@ class Wire:
         return reply
 
     def ask_all(self, commands: Iterable[Sequence[Argument]], deadline: Deadline) -> list[Reply]:
-        """The replies, in order. Commands are sent ahead as long as at most AHEAD_BYTES of them are not answered.
-
-        Then half of the answers are awaited, not one: each wait costs two switches of threads.
-        """
+        """The replies, in order. Commands are sent ahead as long as few enough of their bytes are not answered."""
         replies: list[Reply] = []
         under_way: deque[tuple[list[Argument], int]] = deque()
-        ahead_bytes = 0
+        ahead_bytes, most_bytes = 0, self.ahead_bytes()
         for buffers, names, num_bytes in _joined(commands):
-            is_far_ahead = ahead_bytes + num_bytes > AHEAD_BYTES
-            while is_far_ahead and ahead_bytes > AHEAD_BYTES // 2:
+            while under_way and ahead_bytes + num_bytes > most_bytes:
                 answered, answered_bytes = under_way.popleft()
                 replies += self._replies(answered, deadline)
                 ahead_bytes -= answered_bytes
@@ -208,9 +201,9 @@ class Wire:
             return [reply for _, reply in pairs]
         return [self.reply(deadline) for _ in names]
 
-    def read_ahead_bytes(self) -> int:
-        """How much to ask for ahead, by how far away the server is."""
-        return min(AHEAD_BYTES, READ_AHEAD_BYTES + int(round_trip_s(self._socket) * LINK_BYTES_PER_S))
+    def ahead_bytes(self) -> int:
+        """How much to send or ask for ahead, by how far away the server is."""
+        return min(MAX_AHEAD_BYTES, AHEAD_BYTES + int(round_trip_s(self._socket) * LINK_BYTES_PER_S))
 
     def take(self, expected: bytes, views: Sequence[memoryview], deadline: Deadline, *, unlike: bytes = b"") -> bool:
         """Receive the next payload into `views` if its reply begins as `expected`, which tells its length, all of it.
@@ -220,13 +213,10 @@ class Wire:
         """
         deadline.begin_answer()
         try:
-            if not len(self._decoder):
-                self._feed(deadline)
-            if not self._decoder.skip(expected, unlike):
+            if not self._begins(expected, unlike, deadline):
                 return False
-            end = memoryview(bytearray(2))
-            self._fill([*views, end], deadline)
-            check_end(bytes(end))
+            self._fill([*views, self._end], deadline)
+            check_end(self._end)
         except (OSError, StoreError) as error:
             raise self._failure(error, deadline) from error
         self._num_expected -= 1
@@ -256,14 +246,14 @@ class Wire:
     def payload(self, length: int, views: Sequence[memoryview], deadline: Deadline) -> None:
         """Scatter a payload of `length` bytes; what does not fit is drained, or the connection gets stuck before it."""
         views = cut(views, 0, length)
-        excess = length - sum(view.nbytes for view in views)
+        excess = length - sum(map(len, views))
         self._is_stuck = excess > MAX_DRAIN_BYTES
         rest = memoryview(bytearray(0 if self._is_stuck else excess + 2))
         try:
             self._fill([*views, rest], deadline)
             if self._is_stuck:
                 return
-            check_end(bytes(rest[excess:]))
+            check_end(rest[excess:])
         except (OSError, StoreError) as error:
             raise self._failure(error, deadline) from error
         self._num_expected -= 1
@@ -274,13 +264,24 @@ class Wire:
         with suppress(OSError):
             self._socket.close()
 
+    def _begins(self, expected: bytes, unlike: bytes, deadline: Deadline) -> bool:
+        """Use up `expected`, if that is what comes next and what follows is not, or might yet be, `unlike`."""
+        if not self._decoder:
+            begin = self._scratch[: len(expected) + len(unlike)]
+            self._prepare()
+            size = _received(self._receive_some(begin, deadline))
+            deadline.came(size)
+            if size == len(expected) and begin == expected:
+                return True
+            self._decoder.feed(begin[:size])
+        return self._decoder.skip(expected, unlike)
+
     def _fill(self, views: Sequence[memoryview], deadline: Deadline) -> None:
         """First what was received already, then from the socket."""
-        left = [view for view in views if view.nbytes]
-        while left and len(self._decoder):
+        left = after(views, 0)
+        while left and self._decoder:
             left = after(left, self._decoder.take_into(left[0]))
-        if left:
-            self._prepare(deadline)
+        self._prepare()
         while left:
             size = _received(self._receive_all(left, deadline))
             left = after(left, size)
@@ -288,24 +289,30 @@ class Wire:
                 deadline.came(size)
 
     def _feed(self, deadline: Deadline) -> None:
-        self._prepare(deadline)
+        self._prepare()
         size = _received(self._receive_some(self._scratch, deadline))
         self._decoder.feed(self._scratch[:size])
         deadline.came(size)
 
-    def _prepare(self, deadline: Deadline) -> None:
+    def _prepare(self) -> None:
+        """Have the kernel keep time, not Python."""
         if not self._blocks:
             self._socket.settimeout(None)
             self._blocks = True
 
-    def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        return send_some(self._socket, views, deadline.left_s())
+    def _receive_nothing(self) -> None:
+        """Raises BlockingIOError or SSLWantReadError where there is nothing to receive."""
+        self._prepare()
+        self._socket.recv(1, socket.MSG_DONTWAIT)
+
+    def _send_some(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> int:
+        return self._timed.send(buffers, deadline.left_s())
 
     def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        return receive_some(self._socket, view, deadline.wait_s())
+        return self._timed.receive(view, deadline.wait_s())
 
     def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        return receive_all(self._socket, views, deadline.wait_s())
+        return self._timed.receive_all(views, deadline.wait_s())
 
     def _failure(self, error: OSError | StoreError, deadline: Deadline) -> StoreError:
         """Any failure as a StoreError that names the server; the connection is in doubt from now on."""
@@ -323,12 +330,16 @@ class Wire:
 class TlsWire(Wire):
     """The same over TLS, which knows neither vectors nor MSG_WAITALL."""
 
-    def _prepare(self, deadline: Deadline) -> None:
+    def _prepare(self) -> None:
         """Each call sets its own time."""
 
-    def _send_some(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+    def _receive_nothing(self) -> None:
+        self._socket.settimeout(0.0)
+        self._socket.recv(1)
+
+    def _send_some(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> int:
         self._socket.settimeout(deadline.left_s())
-        return self._socket.send(views[0])
+        return self._socket.send(buffers[0])
 
     def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
         self._socket.settimeout(deadline.wait_s())

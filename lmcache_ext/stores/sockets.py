@@ -11,9 +11,16 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
+from typing import TypeVar, cast
+
+Buffer = TypeVar("Buffer", bound=bytes | memoryview)
+"""Of bytes: the length of a view is its number of bytes (`bytes_of`)."""
 
 IOV_MAX = 1024
 """Linux UIO_MAXIOV: more buffers in one call are EMSGSIZE."""
+
+SLACK_S = 0.001
+"""How much too late, or too early, a call may end."""
 
 _MIN_RTT = struct.Struct("@148xI")  # tcpi_min_rtt of Linux' struct tcp_info, microseconds
 _NEVER_SEEN = 2**32 - 1
@@ -27,22 +34,43 @@ def is_loopback(sock: socket.socket) -> bool:
     return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def send_some(sock: socket.socket, views: Sequence[memoryview], left_s: float) -> int:
-    """Send as much as goes within so many seconds. The socket has no timeout of Python's. Raises OSError."""
-    _limit(sock, socket.SO_SNDTIMEO, left_s)
-    return sock.sendmsg(views[:IOV_MAX])
+class TimedSocket:
+    """A plain socket whose calls the kernel ends in time.
 
+    A limit is set anew only where the one that stands is off by SLACK_S, for setting it is a system call too.
 
-def receive_some(sock: socket.socket, view: memoryview, left_s: float) -> int:
-    """Receive what there is; 0 is the end. As `send_some`."""
-    _limit(sock, socket.SO_RCVTIMEO, left_s)
-    return sock.recv_into(view)
+    Threads:  one at a time.
+    Owner:    of the socket's time limits, not of the socket, which has no timeout of Python's while it is used.
+    Failure:  OSError, with an errno of AGAIN where the time was over.
+    """
 
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._send_limit_s = self._receive_limit_s = -1.0
 
-def receive_all(sock: socket.socket, views: Sequence[memoryview], left_s: float) -> int:
-    """Fill all views, in one call where nothing interrupts it; how many bytes came. As `send_some`."""
-    _limit(sock, socket.SO_RCVTIMEO, left_s)
-    return sock.recvmsg_into(views[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
+    def send(self, buffers: Sequence[bytes | memoryview], left_s: float) -> int:
+        """Send as much as goes within so many seconds."""
+        if abs(left_s - self._send_limit_s) > SLACK_S:
+            _limit(self._socket, socket.SO_SNDTIMEO, left_s)
+            self._send_limit_s = left_s
+        return self._socket.sendmsg(buffers[:IOV_MAX])
+
+    def receive(self, view: memoryview, left_s: float) -> int:
+        """Receive what there is; 0 is the end."""
+        self._limit_receive(left_s)
+        return self._socket.recv_into(view)
+
+    def receive_all(self, views: Sequence[memoryview], left_s: float) -> int:
+        """Fill all views, in one call where nothing interrupts it; how many bytes came."""
+        self._limit_receive(left_s)
+        if len(views) == 1:
+            return self._socket.recv_into(views[0], 0, socket.MSG_WAITALL)
+        return self._socket.recvmsg_into(views[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
+
+    def _limit_receive(self, left_s: float) -> None:
+        if abs(left_s - self._receive_limit_s) > SLACK_S:
+            _limit(self._socket, socket.SO_RCVTIMEO, left_s)
+            self._receive_limit_s = left_s
 
 
 def bytes_of(buffer: bytes | memoryview) -> memoryview:
@@ -54,21 +82,26 @@ def bytes_of(buffer: bytes | memoryview) -> memoryview:
 def cut(views: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
     """The bytes [start, start + length) of the concatenation of `views`, as far as it goes; none is empty."""
     found = []
-    at = 0
-    for view in map(bytes_of, views):
-        piece = view[max(start - at, 0) : max(start + length - at, 0)]
-        if piece.nbytes:
-            found.append(piece)
-        at += view.nbytes
+    for view in views:
+        size = len(view)
+        if start >= size:
+            start -= size
+            continue
+        piece = view[start : start + length]
+        if not piece:
+            break
+        found.append(piece)
+        length -= len(piece)
+        start = 0
     return found
 
 
-def after(views: Sequence[memoryview], size: int) -> list[memoryview]:
-    """What is left of `views` when `size` bytes are done."""
-    for index, view in enumerate(views):
-        if size < view.nbytes:
-            return [view[size:], *views[index + 1 :]]
-        size -= view.nbytes
+def after(buffers: Sequence[Buffer], size: int) -> list[Buffer]:
+    """What is left of `buffers` when `size` bytes are done."""
+    for at, buffer in enumerate(buffers):
+        if size < len(buffer):
+            return [cast(Buffer, buffer[size:]), *buffers[at + 1 :]]
+        size -= len(buffer)
     return []
 
 

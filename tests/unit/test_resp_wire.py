@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ from lmcache_ext.stores import resp_wire
 from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.resp import ErrorReply, Reply
 from lmcache_ext.stores.resp_parts import MAGIC, PART_BYTES, new_manifest
-from lmcache_ext.stores.resp_wire import AHEAD_BYTES, READ_AHEAD_BYTES, Deadline, PacedDeadline, Wire
-from lmcache_ext.stores.sockets import round_trip_s
+from lmcache_ext.stores.resp_wire import AHEAD_BYTES, MAX_AHEAD_BYTES, Deadline, PacedDeadline, Wire
+from lmcache_ext.stores.sockets import SLACK_S, TimedSocket, round_trip_s
 from tests.contracts.store_contract import Landing, key_of
 from tests.unit.test_redis_faults import opened, played
 
@@ -120,10 +121,10 @@ def test_a_payload_that_stops_in_the_middle_has_stalled() -> None:
 
 def test_a_far_server_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     with wired(b"") as wire:
-        assert wire.read_ahead_bytes() == READ_AHEAD_BYTES, "a Unix socket is near"
-        for micros, expected in ((100, READ_AHEAD_BYTES + 400_000), (1000, AHEAD_BYTES)):
+        assert wire.ahead_bytes() == AHEAD_BYTES, "a Unix socket is near"
+        for micros, expected in ((100, AHEAD_BYTES + 400_000), (1000, MAX_AHEAD_BYTES)):
             monkeypatch.setattr(resp_wire, "round_trip_s", lambda _, micros=micros: micros / 1e6)
-            assert wire.read_ahead_bytes() == expected
+            assert wire.ahead_bytes() == expected
 
 
 def test_the_kernel_tells_the_round_trip() -> None:
@@ -167,6 +168,54 @@ def test_of_a_near_server_no_more_is_asked_for_than_its_cache_holds() -> None:
     with played(play) as address, opened(f"redis://{address}", request_timeout_s=5.0) as store:
         assert store.get_into(key, [memoryview(bytearray(8 * PART_BYTES))]) == 8 * PART_BYTES
     assert asked == [1, 2, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_to_a_near_server_no_more_is_sent_than_its_cache_holds() -> None:
+    """Two parts, and one more for each that was answered."""
+    sent_ahead = []
+
+    def play(sock: socket.socket) -> None:
+        commands = sock.makefile("rb")
+
+        def await_part(number: int) -> None:
+            lines = [commands.readline() for _ in range(6)]
+            assert lines[2] == b"SET\r\n"
+            assert lines[4].endswith(b":%d\r\n" % number)
+            assert commands.read(int(lines[5][1:]) + 2).endswith(b"\r\n")
+            assert b"".join(commands.readline() for _ in range(4)) == b"$2\r\nEX\r\n$3\r\n600\r\n"
+
+        for part in (1, 2):
+            await_part(part)
+        for part in range(3, 8):
+            sock.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                sock.recv(1, socket.MSG_PEEK)
+            sock.settimeout(None)
+            sent_ahead.append(part)
+            sock.sendall(b"+OK\r\n")
+            await_part(part)
+        sock.sendall(b"-ERR that is all\r\n" * 100)
+
+    with (
+        played(play) as address,
+        opened(f"redis://{address}", request_timeout_s=5.0) as store,
+        pytest.raises(StoreUnavailable, match="that is all"),
+    ):
+        store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
+    assert sent_ahead == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("earlier_s", [5.0, 0.0501, 0.01])
+def test_the_kernel_ends_a_call_in_time_whatever_limit_stood_before(earlier_s: float) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        timed, byte = TimedSocket(ours), memoryview(bytearray(1))
+        theirs.sendall(b"x")
+        assert timed.receive(byte, earlier_s) == 1
+        started_at = time.monotonic()
+        with pytest.raises(BlockingIOError):
+            timed.receive_all([byte], 0.05)
+        assert 0.05 - SLACK_S - 0.001 < time.monotonic() - started_at < 1.0
 
 
 def test_a_server_that_reads_slowly_is_not_waited_for_in_vain() -> None:
