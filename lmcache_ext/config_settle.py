@@ -23,6 +23,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     _settle_serdes(draft)
     _settle_disk(draft)
     _settle_loss(draft)
+    _settle_copier(draft)
     _settle_host(draft)
     _settle_quotas(draft)
     _settle_fixed(draft)
@@ -72,6 +73,15 @@ def _settle_loss(draft: Draft) -> None:
                 "needs keys and values in 16 or 32 bits, and extra_config.host_kv_dtype: fp8 has left 8 of them: write "
                 f"{' or '.join(BIT_EXACT_SERDES)}, which write those 8, or remove host_kv_dtype",
             )
+
+
+def _settle_copier(draft: Draft) -> None:
+    """On a GPU rows in eight bits are for our kernels to write, which nobody needs to say twice."""
+    if draft.values.get("host_kv_dtype") == "fp8" and draft.values.get("cuda_page_copier") == "vllm":
+        raise refusal(
+            draft.settings["extra_config.cuda_page_copier"],
+            "leaves pages as they are, and extra_config.host_kv_dtype: fp8 needs the kernels: remove one of them",
+        )
 
 
 def _settle_host(draft: Draft) -> None:

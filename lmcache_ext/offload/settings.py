@@ -135,12 +135,6 @@ def _page_copier(config: Config) -> PageCopierName:
         if config.cuda_page_copier != "vllm":
             logger.info("extra_config.cuda_page_copier is for NVIDIA's GPUs: without effect on the CPU platform")
         return "host"
-    origin = config.origin("extra_config.cuda_page_copier")
-    if config.host_kv_dtype == "fp8" and config.cuda_page_copier == "vllm" and origin.kind != "default":
-        raise ConfigError(
-            f"{origin.text}: extra_config.cuda_page_copier: vllm leaves pages as they are, and host_kv_dtype: fp8 is "
-            "for the kernels to write: remove one of them"
-        )
     if config.host_kv_dtype != "fp8" and config.cuda_page_copier == "vllm":
         return "vllm"
     reason = ""

@@ -96,8 +96,12 @@ class Launches:
         self._running: deque[_Launch] = deque()
 
     def submit(self, job_id: int, parts: Iterable[Part]) -> None:
-        """Take a copy into the next launch. What `parts` raises leaves this one out."""
-        self._submitted[job_id] = tuple(parts)
+        """Take a copy into the next launch; one whose `parts` raise ValueError or IndexError has failed."""
+        try:
+            self._submitted[job_id] = tuple(parts)
+        except (ValueError, IndexError):
+            logger.exception("A copy of KV pages was refused")
+            self._running.append(_Launch({job_id: None}, self._driver.Event(True), self._driver.Event(True)))
 
     def begin(self) -> None:
         """Launch what was submitted since the last time, if anything was."""

@@ -170,6 +170,12 @@ class CopierContract(ABC):
         assert rank.copier.take_failed() == {1, 2}
         assert rank.copier.take_failed() == set()
 
+    def test_job_that_names_fewer_rows_than_its_blocks_take_is_a_failed_one(self, make_rank):
+        rank = make_rank(blocks_per_chunk=1)
+        rank.store(1, [3, 4], [0])
+        assert [result.job_id for result in rank.copier.get_finished()] == [1]
+        assert rank.copier.take_failed() == {1}
+
     def test_shutdown_finishes_what_was_submitted_and_unmaps_the_region(self, make_rank):
         rank = make_rank(blocks_per_chunk=1)
         spec = GPULoadStoreSpec([2], group_sizes=[1], block_indices=[0])

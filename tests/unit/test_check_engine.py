@@ -280,6 +280,23 @@ TRAPS = [
         (("chunk_size: 256", "chunk_size: §8192"), ("--max-model-len=10000", "--max-model-len=4096")),
         (("chunk_size: 256", "chunk_size: 1024"), ("--max-model-len=10000", "--max-model-len=4096")),
     ),
+    # copiers
+    Trap(
+        "setting-value",
+        ENGINE,
+        ((SIZE, SIZE + "    extra_config:\n      host_kv_dtype: fp8\n      §cuda_page_copier: vllm\n"),),
+        None,
+    ),
+    Trap(
+        "copier-device",
+        COMPLETE,
+        (
+            (SIZE, SIZE + "    extra_config:\n      cuda_page_copier: §kernels\n"),
+            ('          nvidia.com/gpu: "1"\n', ""),
+            (', nvidia.com/gpu: "1"}', "}"),
+        ),
+        None,
+    ),
     # probes and shutdown
     Trap("probe-model", RUNTIME, (("path: /v2/health/ready", "path: §/v2/models/{{.Name}}/ready"),), ()),
     Trap(

@@ -75,6 +75,7 @@ FILES = [
     ("policy", "cache_policy: RANDOM\n", 1, ["'RANDOM' is not known", "LRU, ARC, LFU, FIFO, MRU"]),
     ("serde", "remote_serde: zstd\n", 1, ["'zstd' is not known", "naive, cachegen"]),
     ("copier", "extra_config: {cuda_page_copier: cuda}\n", 1, ["cuda_page_copier: 'cuda'", "vllm, kernels"]),
+    ("copiers", "extra_config: {host_kv_dtype: fp8, cuda_page_copier: vllm}\n", 1, ["fp8 needs the kernels", "remove"]),
     ("host_dtype", "extra_config: {host_kv_dtype: fp4}\n", 1, ["host_kv_dtype: 'fp4' is not known", "auto, fp8"]),
     ("twice_lossy", f"{_FP8}remote_url: lm://h:1\nremote_serde: int8\n", 3, ["remote_serde: 'int8' needs", "naive or"]),
     ("lossy_disk", f"{_FP8}local_disk: /d\nlocal_disk_serde: fp8\n", 3, ["host_kv_dtype: fp8 has left 8", "remove"]),

@@ -229,10 +229,6 @@ class TestRefusal:
         cuda.platform.is_cuda, cuda.platform.device_type = lambda: False, "xpu"
         assert "is for NVIDIA's GPUs, and this platform is xpu" in refused(cuda_page_copier="kernels")
 
-    def test_of_fp8_by_the_copier_that_cannot_write_it(self, refused):
-        said = refused(cuda_page_copier="vllm", host_kv_dtype="fp8")
-        assert "vllm leaves pages as they are, and host_kv_dtype: fp8 is for the kernels to write" in said
-
     def test_of_tensors_and_memory_names_the_setting(self, make_engine, monkeypatch):
         monkeypatch.setattr(cuda_copier, "pin_mmap_region", lambda region: None)
         with pytest.raises(ConfigError, match=r"cuda_page_copier: kernels cannot be had here: .* could not be pinned"):

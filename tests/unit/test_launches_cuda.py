@@ -210,12 +210,14 @@ class TestFailure:
         assert [(job.job_id, job.num_bytes) for job in scene.launches.finished()] == [(1, None), (2, None)]
         assert not scene.launches.is_busy()
 
-    def test_of_parts_leaves_that_job_out(self, scene):
+    def test_of_parts_fails_that_job_alone(self, scene):
         def broken():
             yield scene.part([3])
             raise IndexError("a bug")
 
-        with pytest.raises(IndexError):
-            scene.launches.submit(1, broken())
+        scene.launches.submit(1, broken())
+        scene.submit(2, 4)
         scene.launches.begin()
-        assert not scene.launches.is_busy()
+        scene.stream.run()
+        assert [(job.job_id, job.num_bytes) for job in scene.launches.finished()] == [(1, None), (2, PAGE)]
+        assert scene.rows[3] == -1

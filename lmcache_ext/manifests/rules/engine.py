@@ -222,13 +222,27 @@ def _block_tokens(cache: Cache) -> int:
     written = cache.container.flag("block-size")
     if written is not None and written.text.isdigit() and int(written.text):
         return int(written.text)
-    on_gpu = any(
+    return CPU_BLOCK if _is_without_gpu(cache) else GPU_BLOCK
+
+
+def _is_without_gpu(cache: Cache) -> bool:
+    """Whether it is known that the engine asks for none."""
+    return cache.pod.complete and not any(
         "gpu" in item.name
         for node in cache.container.nodes
         for part in ("limits", "requests")
         for item in node.pairs_at("resources", part)
     )
-    return CPU_BLOCK if cache.pod.complete and not on_gpu else GPU_BLOCK
+
+
+def _copier(bundle: Bundle) -> Iterator[Found]:
+    for cache in caches(bundle):
+        written = cache.settings.node.at("extra_config", "cuda_page_copier") if cache.settings else None
+        if written is not None and written.text == "kernels" and _is_without_gpu(cache):
+            message = (
+                f"{cache.pod.document.node.text_at('metadata', 'name')} asks for no GPU: kernels copy nothing there"
+            )
+            yield Found(written, message, "ask for nvidia.com/gpu, or remove it", at_value=True)
 
 
 def _context(bundle: Bundle) -> Iterator[Found]:
@@ -277,5 +291,6 @@ RULES = (
     ),
     Rule("variable-no-op", "note", "a switch of older versions; keys are the same in every process without it", _no_op),
     Rule("chunk-engine-block", "error", "the start ends where a chunk is not made of whole blocks", _chunk),
+    Rule("copier-device", "note", "on the CPU platform pages are copied by a copier of its own", _copier),
     Rule("chunk-context", "error", "nothing shorter than a chunk is stored: there would never be a hit", _context),
 )
