@@ -8,12 +8,14 @@ from __future__ import annotations
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
+from lmcache_ext.config import load_config
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.offload import cuda_copier, element_layout, identity, settings, spec
 from lmcache_ext.offload.cuda_copier import CudaPageCopier
@@ -233,6 +235,19 @@ class TestRefusal:
         monkeypatch.setattr(cuda_copier, "pin_mmap_region", lambda region: None)
         with pytest.raises(ConfigError, match=r"cuda_page_copier: kernels cannot be had here: .* could not be pinned"):
             make_engine(**KERNELS)
+
+
+class TestSerde:
+    """A lossy serde must know where keys and values lie, and that is the copier's choice."""
+
+    @pytest.mark.parametrize(
+        ("copier", "layer_bytes", "block_bytes"), [("kernels", PAGE, 2 * PAGE), ("vllm", 2 * PAGE, PAGE)]
+    )
+    def test_finds_pages_where_the_copier_puts_them(self, make_engine, monkeypatch, copier, layer_bytes, block_bytes):
+        worker = make_engine(**KERNELS).worker.connector_worker
+        monkeypatch.setitem(worker.spec.extra_config, settings.PAGE_COPIER, copier)
+        cells = worker.spec._serde_opener(load_config(environ={})).keywords["layout"].cells[:, 0]
+        assert (cells == np.array([[0, block_bytes], [layer_bytes, layer_bytes + block_bytes]])).all()
 
 
 class TestNamespace:
