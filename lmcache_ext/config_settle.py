@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from lmcache_ext.config_keys import BIT_EXACT_SERDES, LEGACY_SERDES
 from lmcache_ext.config_merge import Draft
 from lmcache_ext.config_quotas import OTHERS, Quota
-from lmcache_ext.config_sources import Origin, Setting, refusal
+from lmcache_ext.config_sources import Origin, Setting, refusal, shown
 from lmcache_ext.config_urls import directories, split_url
-from lmcache_ext.config_values import GIB, in_gib, seconds
+from lmcache_ext.config_values import GIB, boolean, in_gib, seconds
 
 DEFAULT_HOST_BYTES = 5 * GIB
 DEFAULT_DISK_BYTES = 10 * GIB  # LMCache's own default is 0: a disk that stores nothing
+_SKIP_SAVE = "LMCACHE_FORCE_SKIP_SAVE"
 _PEER_ADDRESS = (
     "write where other engines reach this one; on Kubernetes the host is a variable, LMCACHE_P2P_HOST from status.podIP"
 )
@@ -30,6 +31,7 @@ def settle(draft: Draft, environ: Mapping[str, str]) -> None:
     _settle_controller(draft)
     _settle_peer(draft)
     _add_variables_of_others(draft, environ)
+    _settle_skip_save(draft, environ)
 
 
 def _settle_serdes(draft: Draft) -> None:
@@ -163,6 +165,24 @@ def _add_variables_of_others(draft: Draft, environ: Mapping[str, str]) -> None:
         value = environ.get(name, "").strip()
         if value and home not in draft.values:
             draft.values[home] = _timeout(name, value) if name == "REDIS_TIMEOUT" else value
+
+
+def _settle_skip_save(draft: Draft, environ: Mapping[str, str]) -> None:
+    """LMCACHE_FORCE_SKIP_SAVE, which LMCache reads beside its settings, is freeze by another name."""
+    value = environ.get(_SKIP_SAVE, "").strip()
+    if not value:
+        return
+    setting = Setting("freeze", value, Origin("env", _SKIP_SAVE))
+    try:
+        skips = boolean(value)
+    except ValueError as error:
+        raise refusal(setting, str(error)) from None
+    if (written := draft.settings.get("freeze")) is not None:
+        draft.say(_SKIP_SAVE, f"is shadowed by {written.origin.text} (freeze: {shown('freeze', written.value)})")
+    elif skips:
+        draft.say(_SKIP_SAVE, "is read as freeze: true")
+        draft.settings["freeze"] = setting
+        draft.values["live.freeze"] = True
 
 
 def _audited(draft: Draft) -> str:

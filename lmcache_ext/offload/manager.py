@@ -43,6 +43,9 @@ from lmcache_ext.offload.tier import StoredTier
 _PROMOTABLE_FRACTION = 0.75  # of all rows, for one request
 _PROMOTIONS_PER_KEY = 2  # once, and once more if another request evicted it meanwhile
 
+SKIP_SAVE = "lmcache.skip_save"
+"""Key in a request's ``kv_transfer_params``, LMCache's: true where what it computes is not to be stored."""
+
 
 class BoundedTieringManager(TieringOffloadingManager):
     """See the module's docstring."""
@@ -227,7 +230,7 @@ class BoundedTieringManager(TieringOffloadingManager):
 
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        if self.frozen:  # as if all of them were there: None would be a failure, and tried again
+        if self.frozen or _skips_save(req_context):  # as if all were there: None would be a failure, and tried again
             return PrepareStoreOutput([], self.primary_tier._get_load_store_spec([], []), [])
         return super().prepare_store(keys, req_context)
 
@@ -271,3 +274,8 @@ class BoundedTieringManager(TieringOffloadingManager):
 
 def _max_promotions(host: HostTier) -> int:
     return max(1, int(host.limit * _PROMOTABLE_FRACTION))
+
+
+def _skips_save(req_context: ReqContext) -> bool:
+    params = req_context.kv_transfer_params
+    return bool(params) and str(params.get(SKIP_SAVE, False)).lower() not in ("false", "0", "no", "off", "none", "")

@@ -96,8 +96,10 @@ class Engine:
         chunks = self.scheduler.scheduler.manager.primary_tier._policy.chunks.values()
         return sum(chunk.ref_cnt != 0 for chunk in chunks)
 
-    def request(self, req_id, tokens=PROMPT, **attributes):
-        request = Request(req_id, tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher(), **attributes)
+    def request(self, req_id, tokens=PROMPT, params=None, **attributes):
+        """`params` are its kv_transfer_params."""
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params} if params else None)
+        request = Request(req_id, tokens, sampling, None, block_hasher=hasher(), **attributes)
         self.requests[req_id] = request
         self.scheduler.on_new_request(request)
         return request
@@ -155,9 +157,9 @@ class Engine:
     def finish_copies(self):
         self.copier.wait_for(set(self.copier._pending), WAIT_S)
 
-    def compute(self, req_id, blocks, tokens=PROMPT):
+    def compute(self, req_id, blocks, tokens=PROMPT, **attributes):
         """A request that is computed in `blocks`, stored and gone."""
-        request = self.request(req_id, tokens)
+        request = self.request(req_id, tokens, **attributes)
         assert self.begin_load(request, []) == 0
         self.step((request, blocks))
         self.finish(request)

@@ -127,6 +127,24 @@ class TestFreeze:
         assert not engine.jobs
 
 
+class TestSkipSave:
+    @pytest.mark.parametrize("value", [True, "true", 1])
+    def test_of_a_request_stores_nothing_of_it(self, engine, value):
+        engine.compute("secret", BLOCKS, params={"lmcache.skip_save": value})
+        assert engine.match(engine.request("secret again")) == 0
+        engine.compute("plain", BLOCKS)
+        assert engine.match(engine.request("plain again")) == 96
+
+    @pytest.mark.parametrize("value", [False, "false", None])
+    def test_that_is_off_changes_nothing(self, engine, value):
+        engine.compute("plain", BLOCKS, params={"lmcache.skip_save": value})
+        assert engine.match(engine.request("again")) == 96
+
+    def test_of_a_request_finds_what_others_stored(self, engine):
+        engine.compute("plain", BLOCKS)
+        assert engine.begin_load(engine.request("secret", params={"lmcache.skip_save": True}), OTHERS) == 96
+
+
 class TestBypass:
     def test_neither_looks_up_nor_stores(self, engine):
         engine.compute("first", BLOCKS)
