@@ -30,11 +30,13 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from lmcache_ext.config_quotas import Quota
 from lmcache_ext.offload.holdings import Holdings
 from lmcache_ext.offload.lookups import adapter_of
-from lmcache_ext.offload.policies import evict_among, resident
+from lmcache_ext.offload.policies import evict_among, finder, insert_ready, is_plain_lru, resident
 from lmcache_ext.offload.tenants import Tenants, tenant_of
 
 logger = init_logger("vllm.lmcache_ext.offload.host")
 
+_LENDABLE_FRACTION = 0.5  # of all rows, at once;
+_EVICTED_FRACTION = 0.125  # and of them, where chunks are evicted for what may be there
 _SLACK = 64  # a tenant that is full gives back a 64th at once: finding its oldest chunks looks at all of them
 
 
@@ -50,6 +52,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self.num_reserved = num_chunks
         self._limit = num_chunks
         self._withheld: list[int] = []
+        self._num_lent = 0
         self.holdings: Holdings | None = None
         """Where somebody wants to know, what is here."""
         self.tenants = Tenants()
@@ -67,15 +70,13 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         """How many rows may hold chunks."""
         return self._limit
 
-    @property
-    def num_available(self) -> int:
-        """How many rows a new chunk may have: those that are free, and those that may be evicted."""
-        return int(self._get_num_free_chunks()) + int(self._num_evictable_cache_chunks)
+    def room(self, spared: Iterable[OffloadKey] = ()) -> int:
+        """How many rows new chunks may have: those that are free, and those that may be evicted, less `spared`."""
+        return int(self._get_num_free_chunks() + self._num_evictable_cache_chunks) - len(self._evictable(spared))
 
     def find(self, keys: Iterable[OffloadKey]) -> list[ChunkStatus | None]:
         """What is known of each chunk; None where it is not here."""
-        get = self._policy.get
-        return [get(key) for key in keys]
+        return list(map(finder(self._policy), keys))
 
     def set_limit(self, num_rows: int) -> None:
         """Let `num_rows` rows hold chunks, at least one and at most all that are reserved.
@@ -121,10 +122,17 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         """Free every row that is not pinned; how many chunks went."""
         return self._evict(self._num_evictable_cache_chunks)
 
-    def _evict(self, num_rows: int) -> int:
-        """Free up to `num_rows` rows, of those that are not pinned; how many."""
-        num_rows = min(num_rows, self._num_evictable_cache_chunks)
-        return self._drop(self._policy.evict(num_rows, set()) or ()) if num_rows > 0 else 0
+    def _evict(self, num_rows: int, spared: Iterable[OffloadKey] = ()) -> int:
+        """Free up to `num_rows` rows, of those that are not pinned, and not of `spared`; how many."""
+        if num_rows <= 0:
+            return 0
+        protected = self._evictable(spared)
+        num_rows = min(num_rows, self._num_evictable_cache_chunks - len(protected))
+        return self._drop(self._policy.evict(num_rows, protected) or ()) if num_rows > 0 else 0
+
+    def _evictable(self, keys: Iterable[OffloadKey]) -> set[OffloadKey]:
+        get = finder(self._policy)
+        return {key for key in keys if (chunk := get(key)) is not None and chunk.ref_cnt == 0}
 
     def _drop(self, evicted: Sequence[tuple[OffloadKey, ChunkStatus]]) -> int:
         """These have left the policy; how many."""
@@ -144,6 +152,88 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self.tenants.discharge(keys)
         if self.holdings is not None:
             self.holdings.remove(keys)
+
+    # -- rows on loan ----------------------------------------------------------------------------
+
+    def lend(
+        self, num_rows: int, req_context: ReqContext, spared: Iterable[OffloadKey], *, may_evict: bool
+    ) -> list[int]:
+        """Up to `num_rows` rows for chunks that a far tier may have; to be given back by `take_back`, once.
+
+        A prompt that is not here needs them in any case, to be fetched or to be stored, so older chunks go for them
+        now, but for `spared`; and only for so many at a time, for the requests that wait are many. None for who has a
+        quota.
+        """
+        if self.tenants.limit(tenant_of(req_context)) is not None:
+            return []
+        self.settle()
+        num_rows = min(num_rows, int(self._limit * _LENDABLE_FRACTION) - self._num_lent)
+        lacking = num_rows - self._get_num_free_chunks()
+        if may_evict and 0 < lacking <= int(self._limit * _EVICTED_FRACTION) - self._num_lent:
+            lacking -= self._evict(lacking, spared)
+        num_rows -= max(0, lacking)
+        if num_rows <= 0:
+            return []
+        self._num_lent += num_rows
+        self._num_write_pending_chunks += num_rows
+        return self._take_rows(num_rows)
+
+    def _take_rows(self, num_rows: int) -> list[int]:
+        """As vLLM's `_allocate_chunks`: so many are free."""
+        first = self._num_allocated_chunks
+        self._num_allocated_chunks = min(first + num_rows, self._num_chunks)
+        fresh = list(range(first, self._num_allocated_chunks))
+        kept = len(self._free_list) - (num_rows - len(fresh))
+        used: list[int] = self._free_list[kept:]
+        del self._free_list[kept:]
+        return fresh + used
+
+    def take_back(
+        self, rows: Sequence[int], read: dict[OffloadKey, ChunkStatus], req_context: ReqContext
+    ) -> dict[OffloadKey, ChunkStatus]:
+        """End a loan of `rows`; what was `read` into them, chunks of one cache group, is here from now on.
+
+        Returns those that were not here already.
+        """
+        self._num_lent -= len(rows)
+        self._num_write_pending_chunks -= len(rows)
+        get = finder(self._policy)
+        new = {key: chunk for key, chunk in read.items() if get(key) is None}
+        if len(new) < len(rows):
+            used = {chunk.chunk_id for chunk in new.values()}
+            self._free_list.extend(row for row in rows if row not in used)
+        if new:
+            self._insert_read(new, req_context)
+        return new
+
+    def _insert_read(self, chunks: dict[OffloadKey, ChunkStatus], req_context: ReqContext) -> None:
+        """What `take_in` and `complete_store` do, for chunks that are whole."""
+        if is_plain_lru(self._policy):
+            insert_ready(self._policy, chunks)
+        else:
+            self._insert_one_by_one(chunks, req_context)
+        self._num_evictable_cache_chunks += len(chunks)
+        self.allocation_sizes_in_current_batch.append(len(chunks))
+        tenant = tenant_of(req_context)
+        if self.tenants.counts(tenant):
+            self.tenants.charge(tenant, list(chunks))
+        if self.events is not None:
+            self.events.append(OffloadingEvent(keys=list(chunks), medium=self.medium, removed=False))
+        if self.holdings is not None:
+            self.holdings.add([(key, chunk.chunk_id) for key, chunk in chunks.items()], adapter_of(req_context))
+
+    def _insert_one_by_one(self, chunks: dict[OffloadKey, ChunkStatus], req_context: ReqContext) -> None:
+        access, keys = self._get_request_cache_access(req_context), list(chunks)
+        self._observe_misses(keys, access, req_context)
+        for key, chunk in chunks.items():
+            self._policy.insert(key, chunk)
+        if not access.finished:
+            self._record_insertion(keys, access)
+
+    def _observe_misses(self, keys: Sequence[OffloadKey], access: _RequestCacheAccess, req_context: ReqContext) -> None:
+        if new := [key for key in keys if key not in access.store_miss_keys]:
+            self._policy.on_store_miss(new, req_context)
+            access.store_miss_keys.update(new)
 
     # -- tenants ---------------------------------------------------------------------------------
 
@@ -195,11 +285,13 @@ class HostTier(CPUPrimaryTierOffloadingManager):
             self.tenants.charge(tenant, planned.keys_to_store)
         return planned
 
-    def take_in(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> tuple[Sequence[OffloadKey], list[int]]:
+    def take_in(
+        self, keys: Sequence[OffloadKey], req_context: ReqContext, spared: Iterable[OffloadKey] = ()
+    ) -> tuple[Sequence[OffloadKey], list[int]]:
         """Give rows to chunks from a far tier; those that have one now, and their rows.
 
         The chunks are of one cache group, and none of them is here. All get one, or the first of them where their
-        tenant may not have more; none does where there is no room.
+        tenant may not have more; none does where there is no `room`.
         vLLM's `prepare_store` does the same for chunks that may be here, and takes half as long again.
         """
         self.settle()
@@ -207,11 +299,9 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         if (limit := self.tenants.limit(tenant)) is not None:
             taken = list(self._within_quota(keys, req_context, tenant, limit))
         access = self._get_request_cache_access(req_context)
-        if new := [key for key in taken if key not in access.store_miss_keys]:
-            self._policy.on_store_miss(new, req_context)  # before anything is evicted: ARC learns from it
-            access.store_miss_keys.update(new)
+        self._observe_misses(taken, access, req_context)  # before anything is evicted: ARC learns from it
         lacking = len(taken) - self._get_num_free_chunks()
-        if not taken or lacking > self._num_evictable_cache_chunks or self._evict(lacking) < lacking:
+        if not taken or len(taken) > self.room(spared) or self._evict(lacking, spared) < max(0, lacking):
             return [], []
         chunks = self._allocate_chunks(taken)
         for key, chunk in zip(taken, chunks, strict=True):
@@ -254,6 +344,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
 
     @override
     def reset_cache(self) -> None:
+        assert not self._num_lent, f"{self._num_lent} rows are being read into"
         super().reset_cache()
         if self.holdings is not None:
             self.holdings.clear()

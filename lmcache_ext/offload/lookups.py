@@ -6,9 +6,8 @@ import hashlib
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -22,39 +21,50 @@ ADAPTER_PARAM = "lmcache_ext.adapter"
 """Key in a request's ``kv_transfer_params``: hex identity of its LoRA adapter, "" where unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """Keys that one request asks for, all at once."""
+@dataclass(slots=True, eq=False)
+class Question:
+    """Chunks that a request asks a store for, all at once, in the order of its prompt, and the answer to it."""
 
     keys: list[OffloadKey]
     req_context: ReqContext
+    due: float
+    """When nobody waits for the answer any more; seconds of `time.monotonic`."""
+    rows: list[int] = field(default_factory=list)
+    """Rows of host memory lent for the first of the chunks, into which they are read at once (`ahead.ReadAhead`)."""
+    answer: dict[OffloadKey, bool] = field(default_factory=dict)
+    """Whether each chunk is there; of those of which it is known."""
+    num_holders: int = 1
+    """Requests that wanted to know of one of the chunks, and live."""
 
 
-_Answer = tuple[list[OffloadKey], Sequence[bool]]
+_Answer = tuple[Question, Sequence[bool]]
+_Begin = Callable[[ChunkIO, Question, Sequence[bool]], None]
 
 
 class Lookups:
     """Existence checks of one store, for whole prompts at once.
 
     Threads:  `_run` in a thread of its own, everything else in the scheduler's.
-    Order:    `ask`, then `flush` at the end of the step, which sends what was asked; requests that ask for the same
-              chunk share the answer.
+    Order:    `ask` or `ask_for`, then `flush` at the end of the step, which sends what was asked; requests that ask
+              for the same chunk share the answer.
     Owner:    an answer is kept while a request that asked for it lives, and is not asked for again.
     Failure:  a store that fails has nothing; a chunk that was asked for too long ago is not there.
 
     vLLM's `AsyncLookupManager` does the same for one chunk at a time, which takes three times as long.
     """
 
-    def __init__(self, name: str, chunks: ChunkIO, answered: Callable[[], None]) -> None:
-        """`answered` is called in the thread of the lookups, once a batch of answers can be taken."""
+    def __init__(self, name: str, chunks: ChunkIO, answered: Callable[[], None], begin: _Begin) -> None:
+        """`answered` is called in the thread of the lookups, once a batch of answers can be taken.
+
+        `begin` is, too, with what the store has for a question with rows, which is answered by who takes it back.
+        """
         self._chunks = chunks
         self._answered = answered
-        self._known: dict[OffloadKey, bool | None] = {}  # None: asked, no answer yet
-        self._asked_at: dict[OffloadKey, float] = {}  # of those without an answer
-        self._keys_of: dict[str, set[OffloadKey]] = {}
-        self._num_requests: Counter[OffloadKey] = Counter()
-        self._to_send: list[_Question] = []
-        self._sent: queue.SimpleQueue[list[_Question] | None] = queue.SimpleQueue()
+        self._begin = begin
+        self._questions: dict[OffloadKey, Question] = {}
+        self._held: dict[str, list[Question]] = {}
+        self._to_send: list[Question] = []
+        self._sent: queue.SimpleQueue[list[Question] | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[list[_Answer]] = queue.SimpleQueue()
         self._num_unanswered = 0
         self._thread = threading.Thread(target=self._run, name=f"lmcache_ext-lookup-{name}", daemon=True)
@@ -62,43 +72,51 @@ class Lookups:
 
     def ask(self, keys: Sequence[OffloadKey], req_context: ReqContext, timeout_s: float) -> list[bool | None]:
         """Whether each chunk is there; None while that is not known, False once it was asked for so long."""
-        self._take_answers()
-        own = self._keys_of.setdefault(req_context.req_id, set())
-        new = [key for key in keys if key not in own]
-        if new:
-            own.update(new)
-            self._num_requests.update(new)
-            self._ask_store([key for key in new if key not in self._known], req_context)
-        known = self._known
-        found = [known[key] for key in keys]
+        if self._num_unanswered:
+            self._take_answers()
+        questions = list(map(self._questions.get, keys))
+        if None in questions:
+            new = [key for key, question in zip(keys, questions, strict=True) if question is None]
+            self.ask_for(Question(new, req_context, time.monotonic() + timeout_s))
+            questions = list(map(self._questions.get, keys))
+        asked = [question for question in questions if question is not None]
+        self._hold(asked, req_context.req_id)
+        found = [question.answer.get(key) for question, key in zip(asked, keys, strict=True)]
         if None in found:
-            overdue = time.monotonic() - timeout_s
-            asked_at = self._asked_at
+            now = time.monotonic()
             return [
-                False if answer is None and asked_at[key] <= overdue else answer
-                for key, answer in zip(keys, found, strict=True)
+                False if answer is None and question.due <= now else answer
+                for question, answer in zip(asked, found, strict=True)
             ]
         return found
 
-    def _ask_store(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        if not keys:
-            return
-        self._known.update(dict.fromkeys(keys))
-        self._asked_at.update(dict.fromkeys(keys, time.monotonic()))
-        self._to_send.append(_Question(keys, req_context))
+    def _hold(self, questions: Iterable[Question], req_id: str) -> None:
+        held = self._held.setdefault(req_id, [])
+        for question in set(questions).difference(held):
+            question.num_holders += 1
+            held.append(question)
+
+    def ask_for(self, question: Question) -> None:
+        """Ask for chunks of which nobody has asked for any (`is_new`)."""
+        self._held.setdefault(question.req_context.req_id, []).append(question)
+        self._questions.update(dict.fromkeys(question.keys, question))
+        self._to_send.append(question)
+
+    def is_new(self, keys: Sequence[OffloadKey]) -> bool:
+        """Whether nothing is known of any chunk, and nobody is asking."""
+        return self._questions.keys().isdisjoint(keys)
 
     def verdict(self, key: OffloadKey) -> str:
         """What is known of a chunk: has, miss, slow (asked, no answer), not asked."""
-        if key not in self._known:
+        if (question := self._questions.get(key)) is None:
             return "not asked"
-        return {True: "has", False: "miss", None: "slow"}[self._known[key]]
+        return {True: "has", False: "miss", None: "slow"}[question.answer.get(key)]
 
     def mark_miss(self, keys: Iterable[OffloadKey]) -> None:
         """What was said to be there could not be fetched: it is not asked for again by those who wait."""
         for key in keys:
-            if key in self._known:
-                self._known[key] = False
-                self._asked_at.pop(key, None)
+            if (question := self._questions.get(key)) is not None:
+                question.answer[key] = False
 
     @property
     def num_unanswered(self) -> int:
@@ -116,12 +134,11 @@ class Lookups:
 
     def cleanup(self, req_id: str) -> None:
         """The request is gone; what nobody else asked for is forgotten."""
-        counts = self._num_requests
-        for key in self._keys_of.pop(req_id, ()):
-            counts[key] -= 1
-            if not counts[key]:
-                del counts[key], self._known[key]
-                self._asked_at.pop(key, None)
+        for question in self._held.pop(req_id, ()):
+            question.num_holders -= 1
+            if not question.num_holders:
+                for key in question.keys:
+                    del self._questions[key]
 
     def stop(self, timeout_s: float | None) -> None:
         """End the thread, and wait for it so long; it is a daemon, for a file system may have gone away."""
@@ -129,30 +146,40 @@ class Lookups:
         self._thread.join(timeout_s)
 
     def _take_answers(self) -> None:
-        known, asked_at = self._known, self._asked_at
         while not self._arrived.empty():
             self._num_unanswered -= 1
-            for keys, found in self._arrived.get_nowait():
-                for key, is_there in zip(keys, found, strict=True):
-                    if known.get(key, is_there) is None:  # else forgotten, or judged by a fetch since
-                        known[key] = is_there
-                        del asked_at[key]
+            for question, found in self._arrived.get_nowait():
+                settle(question, found)
 
     def _run(self) -> None:
         """Top of a thread."""
         leave_compute_cores()
         while (questions := self._sent.get()) is not None:
             try:
-                answers = [(question.keys, self._look(question)) for question in questions]
+                found = [self._look(question) for question in questions]
             except Exception:  # the top of this thread: it lives, and everybody gets an answer
                 logger.exception("Lookups of %d requests failed", len(questions))
-                answers = [(question.keys, [False] * len(question.keys)) for question in questions]
-            self._arrived.put(answers)
+                found = [[False] * len(question.keys) for question in questions]
+            self._deliver(list(zip(questions, found, strict=True)))
+
+    def _deliver(self, answers: list[_Answer]) -> None:
+        """To who asked, or first to who reads what is there."""
+        plain = [answer for answer in answers if not answer[0].rows]
+        for question, found in answers:
+            if question.rows:
+                self._begin(self._chunks, question, found)
+        self._arrived.put(plain)
+        if plain:
             self._answered()
 
-    def _look(self, question: _Question) -> Sequence[bool]:
+    def _look(self, question: Question) -> Sequence[bool]:
         adapter = adapter_of(question.req_context)
         return self._chunks.present([far_key(key, adapter) for key in question.keys])
+
+
+def settle(question: Question, found: Sequence[bool]) -> None:
+    """Answer a question, but for what a fetch has judged since."""
+    question.answer = dict(zip(question.keys, found, strict=True)) | question.answer
 
 
 def adapter_of(req_context: ReqContext) -> str | None:

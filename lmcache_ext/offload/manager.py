@@ -134,7 +134,14 @@ class BoundedTieringManager(TieringOffloadingManager):
         self._maybe_process_finished_jobs()
         chunks = self.host.find(keys)
         missing = [key for key, chunk in zip(keys, chunks, strict=True) if chunk is None]
-        far = self._ask_far(missing, req_context) if missing else {}
+        if not missing and min([chunk.ref_cnt for chunk in chunks if chunk is not None]) >= 0:
+            return len(keys)
+        begun = bool(missing) and self._read_ahead(missing, req_context, keys)
+        if begun and len(self._stored_tiers) == 1 and len(missing) == len(keys):
+            return None
+        far = self._ask_far(missing, req_context, 0 if begun else None) if missing else {}
+        if begun:
+            far = dict.fromkeys(missing)  # what the others say counts once the nearest has answered
         num_ready, waits = 0, False
         promotable: list[tuple[int, OffloadKey]] = []
         for key, chunk in zip(keys, chunks, strict=True):
@@ -150,7 +157,7 @@ class BoundedTieringManager(TieringOffloadingManager):
             elif self._is_overdue(key):
                 break
             waits = waits or not promotable
-        if promotable and self._promote(promotable, req_context):
+        if promotable and self._promote(promotable, req_context, keys):
             return None
         return None if waits else num_ready
 
@@ -173,8 +180,41 @@ class BoundedTieringManager(TieringOffloadingManager):
                     found.setdefault(key, index)  # a nearer tier may have it, too, and answers soon
         return found
 
-    def _promote(self, wanted: Sequence[tuple[int, OffloadKey]], req_context: ReqContext) -> int:
-        """Begin to fetch chunks (tier, key) into host memory, in order; how many there was leave and room for."""
+    def _read_ahead(self, keys: list[OffloadKey], req_context: ReqContext, prefix: Sequence[OffloadKey]) -> bool:
+        """Ask the first tier for chunks and lend it rows for them; False where it is to be asked without."""
+        tier = self._stored_tiers[0] if self._stored_tiers else None
+        if tier is None or not req_context.load_tier_filter.allows(tier.medium, tier.locality):
+            return False
+        if not tier.would_read_ahead(keys, req_context):
+            return False
+        num_rows = min(len(keys), self._max_promotions)
+        rows = self.host.lend(num_rows, req_context, prefix, may_evict=not self.frozen)
+        if rows:
+            tier.read_ahead(keys, rows, req_context)
+        return bool(rows)
+
+    def _take_loans(self) -> None:
+        """Take in what the first tier has read ahead."""
+        tier = self._stored_tiers[0]
+        for loan in tier.take_loans():
+            keys = self.host.take_back(loan.rows, loan.read, loan.req_context)
+            if keys and (req_id := loan.req_context.req_id) in self._req_state:
+                self._request_load_sources.setdefault(req_id, {}).update(dict.fromkeys(keys, tier.cache_hit_source))
+                self._promotions.setdefault(req_id, {}).update(dict.fromkeys(keys, 1))
+
+    @override
+    def _process_finished_jobs(self) -> None:
+        super()._process_finished_jobs()
+        if self._stored_tiers:
+            self._take_loans()
+
+    def _promote(
+        self, wanted: Sequence[tuple[int, OffloadKey]], req_context: ReqContext, prefix: Sequence[OffloadKey] = ()
+    ) -> int:
+        """Begin to fetch chunks (tier, key) into host memory, in order; how many there was leave and room for.
+
+        Nothing of their own `prefix` has to go for them.
+        """
         promotions = self._promotions.setdefault(req_context.req_id, {})
         num_started = 0
         for place, run in groupby(wanted, itemgetter(0)):
@@ -182,19 +222,19 @@ class BoundedTieringManager(TieringOffloadingManager):
             for _, key in run:
                 times = promotions.get(key, 0)
                 if times >= _PROMOTIONS_PER_KEY or len(promotions) >= self._max_promotions:
-                    return num_started + self._fetch(place, keys, req_context)
+                    return num_started + self._fetch(place, keys, req_context, prefix)
                 promotions[key] = times + 1
                 keys.append(key)
-            num_fetched = self._fetch(place, keys, req_context)
+            num_fetched = self._fetch(place, keys, req_context, prefix)
             num_started += num_fetched
             if num_fetched < len(keys):
                 break
         return num_started
 
-    def _fetch(self, place: int, keys: list[OffloadKey], req_context: ReqContext) -> int:
+    def _fetch(self, place: int, keys: list[OffloadKey], req_context: ReqContext, prefix: Sequence[OffloadKey]) -> int:
         """vLLM's `_initiate_promotion` for several chunks at once: as many of the first as there are rows for."""
-        fitting = keys[: self.host.num_available]
-        taken, rows = self.host.take_in(fitting, req_context)  # fewer, where a quota leaves room for no more
+        fitting = keys[: self.host.room(prefix)]
+        taken, rows = self.host.take_in(fitting, req_context, prefix)  # fewer, where a quota leaves room for no more
         if len(fitting) < len(keys) or not taken:
             self._metrics.on_promotion_allocation_failure()
         if not taken:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from itertools import chain, islice
 
 from typing_extensions import override
@@ -90,6 +90,34 @@ class LFUCachePolicy(LRUCachePolicy):
     def clear(self) -> None:
         super().clear()
         self._uses.clear()
+
+
+# -- of many keys at once ------------------------------------------------------------------------------
+
+
+def finder(policy: CachePolicy) -> Callable[[OffloadKey], ChunkStatus | None]:
+    """What finds a chunk, as `get` does; for most policies without a call of Python."""
+    get: Callable[[OffloadKey], ChunkStatus | None]
+    get = policy.chunks.get if isinstance(policy, LRUCachePolicy) else policy.get
+    return get
+
+
+def insert_ready(policy: LRUCachePolicy, chunks: Mapping[OffloadKey, ChunkStatus]) -> None:
+    """Insert chunks of one prompt, in its order, that are whole and that nothing pins, into plain LRU.
+
+    As so many calls of `insert`, and then of `touch`: the head of a prompt leaves after its tail.
+    """
+    ranks = range(policy._next_rank + len(chunks), policy._next_rank, -1)
+    policy._next_rank += len(chunks)
+    policy.chunks.update(chunks)
+    policy._ranks.update(zip(chunks, ranks, strict=True))
+    policy._evictable.update(chunks)
+    policy._heap.extend(zip(reversed(ranks), reversed(chunks), strict=True))  # in order, and no rank is above these
+
+
+def is_plain_lru(policy: CachePolicy) -> bool:
+    """Whether it is LRU and no more than that: what a request did not load it has not used."""
+    return type(policy) is LRUCachePolicy
 
 
 # -- of some keys only ---------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from lmcache_ext.errors import StoreTimeout
 from lmcache_ext.offload import metrics
 from lmcache_ext.offload.admission import Admission
+from lmcache_ext.offload.ahead import Loan, ReadAhead
 from lmcache_ext.offload.backing import Backing
 from lmcache_ext.offload.chunk_io import ChunkIO
-from lmcache_ext.offload.lookups import Lookups, adapter_of, far_key
+from lmcache_ext.offload.lookups import Lookups, adapter_of, far_key, settle
 from lmcache_ext.offload.progress import Progress
 from lmcache_ext.offload.serdes import readable_serdes
 from lmcache_ext.serde.base import Serde
@@ -115,6 +116,7 @@ class StoredTier(SecondaryTierManager):
         self.present = True
         """Whether there is a store; without one every lookup is a miss, and nothing may be submitted."""
         self._retired: list[Backing] = []
+        self._ahead = ReadAhead(pool, self._views, self._tell, CHUNKS_PER_TASK)
         self._backing = self._put(store, serde)
         self._loading: dict[JobId, TransferJob] = {}
         self._due: dict[OffloadKey, float] = {}
@@ -122,6 +124,7 @@ class StoredTier(SecondaryTierManager):
         self._num_abandoned = 0
         self._num_queries = 0
         self._num_hits = 0
+        self._reads: list[Loan] = []
         self._pending_stores = 0
         self._lock = threading.Lock()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
@@ -136,7 +139,7 @@ class StoredTier(SecondaryTierManager):
         self._admission = Admission()  # what was written to another store is not in this one
         self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
         chunks = ChunkIO(store, serde, self._namespace, readable_serdes())
-        return Backing(store, chunks, Lookups(store.name, chunks, self._tell))
+        return Backing(store, chunks, Lookups(store.name, chunks, self._tell, self._ahead.begin))
 
     def replace(self, store: Guarded | None, serde: Serde | None = None) -> None:
         """Put another store in place, or none, between two steps.
@@ -144,6 +147,7 @@ class StoredTier(SecondaryTierManager):
         Jobs of the old one finish on it, then it is closed. What was looked up there is looked up again.
         """
         if self.present:
+            self._backing.lookups.flush()  # what has been lent comes back
             self._backing.retire()
             self._retired.append(self._backing)
         self.present = store is not None
@@ -168,13 +172,43 @@ class StoredTier(SecondaryTierManager):
 
     def ask(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[bool | None]:
         """Whether the store has each chunk; None while it is being asked, which the end of the step begins."""
-        if not self.present or adapter_of(req_context) == "" or self.store.is_open(READ):
+        if not self._can_ask(req_context):
             return [False] * len(keys)
         found = self._backing.lookups.ask(keys, req_context, self.limits.lookup_timeout_s)
+        self._count(found)
+        return found
+
+    def _can_ask(self, req_context: ReqContext) -> bool:
+        return self.present and adapter_of(req_context) != "" and not self.store.is_open(READ)
+
+    def _count(self, found: Sequence[bool | None]) -> None:
         wanted = found[: found.index(False) + 1] if False in found else found  # nobody needs what is behind it
         self._num_queries += len(wanted) - wanted.count(None)
         self._num_hits += wanted.count(True)
-        return found
+
+    def would_read_ahead(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> bool:
+        """Whether the store can be asked, and has not been asked for any of the chunks yet."""
+        return self._can_ask(req_context) and self._backing.lookups.is_new(keys)
+
+    def read_ahead(self, keys: list[OffloadKey], rows: list[int], req_context: ReqContext) -> None:
+        """Ask for chunks, and read what is there into `rows`, lent for the first of them until `take_loans`."""
+        backing, limits = self._backing, self.limits
+        backing.hold()
+        self._ahead.lend()
+        due = time.monotonic() + limits.lookup_timeout_s
+        backing.lookups.ask_for(
+            Loan(keys, req_context, due, rows, release=backing.release, fetch_timeout_s=limits.fetch_timeout_s)
+        )
+
+    def take_loans(self) -> list[Loan]:
+        """Those that are back; what they found is the answer to whoever asks."""
+        loans = self._ahead.take()
+        for loan in loans:
+            settle(loan, loan.found)
+            self._count(loan.found)
+            if loan.num_read:
+                self._reads.append(loan)
+        return loans
 
     def verdict(self, key: OffloadKey) -> str:
         """What is known here of a chunk: has, miss, slow (asked, no answer), off (its breaker is open), not asked."""
@@ -248,6 +282,8 @@ class StoredTier(SecondaryTierManager):
 
     @override
     def drain_jobs(self) -> None:
+        self._backing.lookups.flush()
+        self._ahead.drain()
         self._pool.drain()
 
     @override
@@ -255,6 +291,7 @@ class StoredTier(SecondaryTierManager):
         if self._rows is None:
             return
         self._backing.lookups.stop(self.limits.lookup_timeout_s)
+        self._ahead.close()
         flushed = self._pool.drain(self.limits.flush_timeout_s)
         if self.present:
             self.store.close()
@@ -276,12 +313,25 @@ class StoredTier(SecondaryTierManager):
             stats.increase_counter(TieringOffloadingMetrics.CHUNK_QUERIES, self._num_queries, (tier,))
             stats.increase_counter(TieringOffloadingMetrics.CHUNK_HITS, self._num_hits, (tier,))
             self._num_queries = self._num_hits = 0
+        for loan in self._reads:
+            self._count_read(loan, stats)
+        self._reads.clear()
         if self._num_abandoned:
             stats.increase_counter(metrics.ABANDONED_CHUNKS, self._num_abandoned, (tier,))
             self._num_abandoned = 0
         if self.present:
             self._gauge(stats)
         return stats
+
+    def _count_read(self, loan: Loan, stats: OffloadingConnectorStats) -> None:
+        """As vLLM counts a job; it numbers tiers from 1, and the first is the one that reads ahead."""
+        label, num_read = (f"1:{self.tier_type}",), len(loan.read)
+        stats.increase_counter(TieringOffloadingMetrics.READ_BYTES, num_read * self.block_size_bytes, label)
+        stats.increase_counter(TieringOffloadingMetrics.READ_TIME, loan.seconds, label)
+        if num_read < loan.num_read:
+            stats.increase_counter(TieringOffloadingMetrics.PROMOTION_JOB_FAILURES, 1, label)
+        if loan.is_late:
+            self._num_abandoned += loan.num_read
 
     def _gauge(self, stats: OffloadingConnectorStats) -> None:
         now, is_up = time.monotonic(), not self.store.is_open(READ)
@@ -366,15 +416,17 @@ class StoredTier(SecondaryTierManager):
         urgent: bool,
     ) -> None:
         """Queue chunks (key, row), a few per task."""
-        assert self._rows is not None
-        keys = [key for key, _ in chunks]
-        size, all_rows = self._rows.shape[1], self._rows.data.cast("B")
-        rows = [all_rows[row * size : (row + 1) * size] for _, row in chunks]
+        keys, rows = [key for key, _ in chunks], self._views([row for _, row in chunks])
         adapter = adapter_of(job_metadata.req_context)
         for begin in range(0, max(1, len(keys)), job.chunks_per_task):
             part = slice(begin, begin + job.chunks_per_task)
             if not self._pool.submit(task, job, keys[part], rows[part], adapter, urgent=urgent):
                 self._refuse(job, len(keys[part]), urgent)
+
+    def _views(self, rows: Sequence[int]) -> list[memoryview]:
+        assert self._rows is not None
+        size, all_rows = self._rows.shape[1], self._rows.data.cast("B")
+        return [all_rows[row * size : (row + 1) * size] for row in rows]
 
     def _refuse(self, job: _Job, num_keys: int, urgent: bool) -> None:
         if not urgent:

@@ -12,3 +12,4 @@ def await_answers(tier: StoredTier) -> None:
     lookups = tier._backing.lookups
     if lookups.num_unanswered:
         lookups._arrived.put(lookups._arrived.get(timeout=WAIT_S))
+    assert tier._pool.drain(WAIT_S)  # what it reads ahead

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
+from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 
 from lmcache_ext.offload.host import HostTier
 from lmcache_ext.offload.policies import resident
@@ -40,6 +41,18 @@ class Host(HostTier):
     def has(self, *ids):
         return [self.lookup(key(i), self.req) is LookupResult.HIT for i in ids]
 
+    def borrow(self, num_rows, spared=(), may_evict=True):
+        """As for chunks that a far tier may have; the rows, remembered until they are given back."""
+        rows = self.lend(num_rows, self.req, spared, may_evict=may_evict)
+        self.on_loan.append(rows)
+        return rows
+
+    def give_back(self, rows, *ids):
+        """The first of the rows hold these chunks now."""
+        self.on_loan.remove(rows)
+        read = {key(i): ready(row) for i, row in zip(ids, rows, strict=False)}
+        return list(self.take_back(rows, read, self.req))
+
     def rows_in_use(self):
         policy = self._policy
         chunks = policy.chunks if hasattr(policy, "chunks") else {**policy.t1, **policy.t2}
@@ -48,7 +61,8 @@ class Host(HostTier):
     def check(self):
         """Every row is in one place: used, free, not used yet or withheld."""
         fresh = range(self._num_allocated_chunks, self._num_chunks)
-        rows = [*self.rows_in_use(), *self._free_list, *fresh, *self._withheld]
+        lent = [row for rows in self.on_loan for row in rows]
+        rows = [*self.rows_in_use(), *self._free_list, *fresh, *self._withheld, *lent]
         assert sorted(rows) == list(range(NUM_ROWS))
         assert self._num_chunks + len(self._withheld) == NUM_ROWS
         assert self.tenants._owners.keys() <= set(resident(self._policy))
@@ -61,8 +75,14 @@ def build_host(policy="lru", module=None, **options):
     region = open_rows(engine_id=engine_id, rank=None, **sizes)
     worker.cleanup()
     host = Host(NUM_ROWS, region, cache_policy=policy, cache_policy_module_path=module, **options)
-    host.req = ReqContext("r")
+    host.req, host.on_loan = ReqContext("r"), []
     return host
+
+
+def ready(row):
+    chunk = ChunkStatus(row)
+    chunk.ref_cnt = 0
+    return chunk
 
 
 @pytest.fixture
@@ -204,13 +224,81 @@ def test_the_share_in_use_is_that_of_the_rows_that_may_be_used(host):
     host.complete_load([key(1)], host.req)
 
 
+class TestLoan:
+    def test_keeps_its_rows_from_everybody_else(self, host):
+        rows = host.borrow(3)
+        assert len(rows) == 3
+        written = host.write(*range(5))
+        assert not set(written) & set(rows)
+        assert host.write(9) is not None  # in the row of another chunk
+        assert host.give_back(rows) == []
+        assert sorted(host.write(10, 11, 12)) == sorted(rows)
+
+    def test_leaves_chunks_in_the_rows_that_they_were_read_into(self, host):
+        rows = host.borrow(3)
+        assert host.give_back(rows, 1, 2) == [key(1), key(2)]
+        assert host.has(1, 2, 3) == [True, True, False]
+        assert [host._policy.get(key(i)).chunk_id for i in (1, 2)] == rows[:2]
+        assert host.room() == NUM_ROWS
+
+    def test_of_a_chunk_that_came_meanwhile_frees_its_row(self, host):
+        rows = host.borrow(2)
+        host.write(1)
+        pending = host.begin_write(2)
+        assert host.give_back(rows, 1, 2) == []
+        assert host._policy.get(key(2)).chunk_id == pending[0]
+        assert host.has(2) == [False]
+        host.complete_store([key(2)], host.req)
+
+    def test_takes_half_of_all_rows_at_most(self, host):
+        assert [len(host.borrow(3)) for _ in range(3)] == [3, 1, 0]
+        for rows in list(host.on_loan):
+            host.give_back(rows)
+
+    def test_evicts_little_and_nothing_of_the_prefix_that_it_is_for(self, host):
+        host.write(*range(NUM_ROWS))
+        assert host.borrow(2) == []
+        rows = host.borrow(1, spared=[key(i) for i in range(NUM_ROWS - 1)])
+        assert host.has(*range(NUM_ROWS)) == [True] * (NUM_ROWS - 1) + [False]
+        assert host.borrow(1) == []
+        host.give_back(rows)
+
+    def test_evicts_nothing_where_it_may_not(self, host):
+        host.write(*range(NUM_ROWS))
+        assert host.borrow(1, may_evict=False) == []
+        assert all(host.has(*range(NUM_ROWS)))
+
+    def test_is_refused_a_reset(self, host):
+        rows = host.borrow(1)
+        with pytest.raises(AssertionError, match="1 rows are being read into"):
+            host.reset_cache()
+        host.give_back(rows)
+
+    @pytest.mark.parametrize(("policy", "module"), POLICIES)
+    def test_ends_as_if_its_chunks_had_been_written(self, make, policy, module):
+        read, written = make(policy, module), make(policy, module)
+        for host in (read, written):
+            host.write(1, 2)
+        read.give_back(read.borrow(3), 3, 4, 5)
+        written.write(3, 4, 5)
+        for host in (read, written):
+            host.on_request_finished(host.req)
+            host.req = ReqContext("next")
+            host.write(6, 7, 8)
+        for left in range(NUM_ROWS - 1, 0, -1):
+            for host in (read, written):
+                host.set_limit(left)
+            assert read.has(*range(1, 9)) == written.has(*range(1, 9))
+        assert read.get_stats()._values == written.get_stats()._values
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_row_is_lost_or_used_twice_whatever_happens(make, seed):
     rng = random.Random(seed)
     host = make(*rng.choice(POLICIES))
     writing, reading = [], []
     for step in range(200):
-        action = rng.randrange(6)
+        action = rng.randrange(8)
         if action == 0:
             host.set_limit(rng.randrange(NUM_ROWS + 2))
         elif action == 1 and host.begin_write(step) is not None:
@@ -223,9 +311,15 @@ def test_no_row_is_lost_or_used_twice_whatever_happens(make, seed):
             reading.append(chosen)
         elif action == 4 and reading:
             host.complete_load([reading.pop()], host.req)
+        elif action == 5:
+            host.borrow(rng.randrange(4), may_evict=rng.random() < 0.5)
+        elif action == 6 and host.on_loan:
+            host.give_back(rng.choice(host.on_loan), *rng.sample(range(step + 1), rng.randrange(4)))
         else:
             host.settle()
         host.check()
+    for rows in list(host.on_loan):
+        host.give_back(rows)
     for chosen in reading:
         host.complete_load([chosen], host.req)
     host.complete_store(writing, host.req)

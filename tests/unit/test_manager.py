@@ -36,6 +36,16 @@ class Machine:
         self.bench.tier._rows = np.asarray(self.primary.get_kv_memoryview()).view(np.uint8)
         self.manager = BoundedTieringManager(self.primary, [self.bench.tier])
         self._contexts: dict[str, ReqContext] = {}
+        self._farther: list[Bench] = []
+
+    def add_tier(self, path) -> Bench:
+        """One more directory behind the others."""
+        farther = Bench(path)
+        farther.tier._rows = self.bench.tier._rows
+        self.manager._append(farther.tier)
+        self.manager._metrics._tier_types.append(farther.tier.tier_type)
+        self._farther.append(farther)
+        return farther
 
     def request(self, req_id: str) -> ReqContext:
         if req_id not in self._contexts:
@@ -46,7 +56,8 @@ class Machine:
     def step(self):
         """End a step; all far work that it started is done when the next begins."""
         self.manager.on_schedule_end(STEP)
-        assert self.bench.pool.drain(10.0)
+        for bench in (self.bench, *self._farther):
+            assert bench.pool.drain(10.0)
 
     def write(self, keys, req_id="writer", success=True):
         """As a worker that computed and copied these chunks."""
@@ -82,6 +93,11 @@ class Machine:
             await_answers(self.bench.tier)
         raise AssertionError("never answered")
 
+    def lent(self):
+        """Rows that are being read into, and loans that were not taken back."""
+        assert bool(self.primary._num_lent) == bool(self.bench.tier._ahead._num_lent)
+        return self.primary._num_lent
+
     def pinned(self):
         return sum(chunk.ref_cnt != 0 for chunk in self.primary._policy.chunks.values())
 
@@ -89,7 +105,8 @@ class Machine:
         self.bench.store.gate.set()
         self.manager.shutdown()
         assert self.region.mmap_obj is None
-        self.bench.pool.close(1.0)
+        for bench in (self.bench, *self._farther):
+            bench.pool.close(1.0)
 
 
 @pytest.fixture
@@ -165,16 +182,18 @@ class TestPrefix:
         assert machine.find([key(1), key(2), key(3), key(4)], "again") == 2
         assert machine.manager.lookup_prefix([key(3)], machine.request("again")) == 0
 
-    def test_is_fetched_in_one_job_behind_what_host_memory_has(self, make, monkeypatch):
+    def test_is_read_at_once_behind_what_host_memory_has(self, make, monkeypatch):
         machine = make()
         keys = [key(i) for i in range(5)]
         machine.write(keys)
         machine.forget_host()
         assert machine.find(keys[:2], "r") == 2
-        jobs, submit = [], machine.bench.tier.submit_load
-        monkeypatch.setattr(machine.bench.tier, "submit_load", lambda job: jobs.append(list(job.keys)) or submit(job))
+        asked, tier = [], machine.bench.tier
+        read_ahead = tier.read_ahead
+        monkeypatch.setattr(tier, "read_ahead", lambda keys, *more: asked.append(keys) or read_ahead(keys, *more))
+        monkeypatch.setattr(machine.bench.tier, "submit_load", None)
         assert machine.find(keys, "another") == 5
-        assert jobs == [keys[2:]]
+        assert asked == [keys[2:]]
         assert machine.pinned() == 0
 
     def test_is_not_known_before_its_last_chunk_came(self, make):

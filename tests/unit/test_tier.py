@@ -186,9 +186,9 @@ class TestLookup:
             bench.tier.lookup(key(i), context())
             bench.tier.lookup(key(i), context("another"))
         bench.tier.on_request_finished(context())
-        assert len(bench.tier._backing.lookups._asked_at) == 3
+        assert len(bench.tier._backing.lookups._questions) == 3
         bench.tier.on_request_finished(context("another"))
-        assert not bench.tier._backing.lookups._asked_at
+        assert not bench.tier._backing.lookups._questions
 
     def test_of_a_dead_store_is_a_miss_at_once(self, bench):
         bench.store.error = StoreUnavailable("gone")
