@@ -318,4 +318,5 @@ def _max_promotions(host: HostTier) -> int:
 
 def _skips_save(req_context: ReqContext) -> bool:
     params = req_context.kv_transfer_params
-    return bool(params) and str(params.get(SKIP_SAVE, False)).lower() not in ("false", "0", "no", "off", "none", "")
+    value = params.get(SKIP_SAVE) if params else None
+    return bool(value) and str(value).lower() not in ("false", "0", "no", "off")

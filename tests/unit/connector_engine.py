@@ -98,7 +98,7 @@ class Engine:
 
     def request(self, req_id, tokens=PROMPT, params=None, **attributes):
         """`params` are its kv_transfer_params."""
-        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params} if params else None)
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params})
         request = Request(req_id, tokens, sampling, None, block_hasher=hasher(), **attributes)
         self.requests[req_id] = request
         self.scheduler.on_new_request(request)
