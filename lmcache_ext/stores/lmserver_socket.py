@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lmcache_ext.errors import StoreStalled, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Pace
-from lmcache_ext.stores.sockets import AGAIN, TimedSocket, after, bytes_of, cut
+from lmcache_ext.stores.sockets import AGAIN, after, bytes_of, cut, timed
 
 SCRATCH_BYTES = 256 * 1024
 
@@ -34,8 +34,7 @@ class Line:
 
     def __init__(self, sock: socket.socket, address: Address) -> None:
         self._sock = sock
-        self._timed = TimedSocket(sock)
-        self._blocks = False
+        self._timed = timed(sock)
         self._address = address
         self._deadline = 0.0
         self._timeout_s = 0.0
@@ -71,15 +70,7 @@ class Line:
 
     def is_quiet(self) -> bool:
         """Whether nothing came while it lay idle: neither stray bytes nor the end of the stream."""
-        try:
-            self._blocks = False
-            self._sock.settimeout(0.0)
-            self._sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            return False
-        return False
+        return self._timed.is_quiet()
 
     def acknowledge_at_once(self) -> None:
         """Acknowledge now what has come, for an end that holds the rest back until then (Nagle; our delay is 40 ms)."""
@@ -91,7 +82,7 @@ class Line:
         left = list(map(bytes_of, parts))
         with _errors(self._address, "send", self._timeout_s):
             while left:
-                left = after(left, self._send_some(left))
+                left = after(left, self._timed.send(left, self._left_s()))
 
     def read(self, num_bytes: int) -> bytes:
         """Exactly so many bytes; for heads and small bodies."""
@@ -122,19 +113,12 @@ class Line:
         with suppress(OSError):
             self._sock.close()
 
-    def _send_some(self, left: Sequence[memoryview]) -> int:
-        if isinstance(self._sock, ssl.SSLSocket):  # it has neither vectors nor MSG_WAITALL
-            self._sock.settimeout(self._left_s())
-            return self._sock.send(left[0])
-        self._prepare()
-        return self._timed.send(left, self._left_s())
-
     def _receive_in_time(self, left: Sequence[memoryview]) -> int:
         """Some of what is left; 0 is the end. Raises StoreStalled, StoreTimeout, OSError."""
         if self._pace is None:
-            return self._receive(left, self._left_s())
+            return self._timed.receive_all(left, self._left_s())
         try:
-            came = self._receive(left, min(self._left_s(), self._pace.wait_s()))
+            came = self._timed.receive_all(left, min(self._left_s(), self._pace.wait_s()))
             if 0 < came < sum(map(len, left)):
                 self._pace.came(came)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
@@ -142,19 +126,6 @@ class Line:
                 raise
             raise StoreStalled(f"{self._address}: {self._pace.stalled()}") from None
         return came
-
-    def _receive(self, left: Sequence[memoryview], wait_s: float) -> int:
-        if isinstance(self._sock, ssl.SSLSocket):
-            self._sock.settimeout(wait_s)
-            return self._sock.recv_into(left[0])
-        self._prepare()
-        return self._timed.receive_all(left, wait_s)
-
-    def _prepare(self) -> None:
-        """Have the kernel keep time, not Python."""
-        if not self._blocks:
-            self._sock.settimeout(None)
-            self._blocks = True
 
     def _left_s(self) -> float:
         left_s = self._deadline - time.monotonic()

@@ -15,7 +15,7 @@ from typing import Any
 from lmcache_ext.errors import StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.redis_options import Address, RespOptions
 from lmcache_ext.stores.resp_topology import Connect
-from lmcache_ext.stores.resp_wire import Deadline, Wire, wire_on
+from lmcache_ext.stores.resp_wire import Deadline, Wire
 
 
 class DeadlineSocket:
@@ -111,7 +111,7 @@ def _connects(library: Library, options: RespOptions, login: Mapping[str, Any]) 
         except (library.error, OSError, ValueError) as error:
             _drop(connection)
             raise StoreUnavailable(f"{label}: not connected: {error}"[:300]) from error
-        return wire_on(connection.taken, connection, label)
+        return Wire(connection.taken, connection, label)
 
     return connect
 

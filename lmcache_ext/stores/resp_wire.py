@@ -12,7 +12,7 @@ from contextlib import suppress
 from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Floor, Pace
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
-from lmcache_ext.stores.sockets import AGAIN, TimedSocket, after, cut, round_trip_s
+from lmcache_ext.stores.sockets import AGAIN, after, cut, round_trip_s, timed
 
 RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
@@ -48,8 +48,6 @@ _USUAL: dict[Argument, tuple[bytes, Reply]] = {
     b"GETRANGE": (b"$0\r\n\r\n", b""),
 }
 """How commands are answered where all is well, and nothing was there before."""
-
-_UNKNOWN: tuple[bytes, Reply] = (b"", None)
 
 
 class Deadline:
@@ -118,7 +116,7 @@ class Wire:
     def __init__(self, sock: socket.socket, owner: object = None, label: str = "server") -> None:
         self.label = label
         self._socket = sock
-        self._timed = TimedSocket(sock)
+        self._timed = timed(sock)
         self._owner = owner
         self._decoder = Decoder()
         self._scratch = memoryview(bytearray(RECEIVE_BYTES))
@@ -126,7 +124,6 @@ class Wire:
         self._num_expected = 0
         self._in_doubt = False
         self._is_stuck = False
-        self._blocks = False
 
     @property
     def goes_on(self) -> bool:
@@ -140,22 +137,15 @@ class Wire:
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used: the other side neither closed it nor sent anything."""
-        try:
-            self._receive_nothing()
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            return False
-        return False
+        return self._timed.is_quiet()
 
     def send(self, buffers: Sequence[bytes | memoryview], num_replies: int, deadline: Deadline) -> None:
         """Send everything; `num_replies` are expected then."""
         self._num_expected += num_replies
         left = buffers
         try:
-            self._prepare()
             while left:
-                left = after(left, self._send_some(left, deadline))
+                left = after(left, self._timed.send(left, deadline.left_s()))
         except (OSError, StoreError) as error:
             raise self._failure(error, deadline) from error
 
@@ -189,17 +179,22 @@ class Wire:
 
     def _replies(self, names: Sequence[Argument], deadline: Deadline) -> list[Reply]:
         """The replies to these commands. Where all are the usual ones they are compared, not parsed."""
-        pairs = [_USUAL.get(name, _UNKNOWN) for name in names]
-        usual = b"".join([encoded for encoded, _ in pairs])
+        usual = [_USUAL[name] for name in names if name in _USUAL]
+        if len(usual) == len(names) and self._are(b"".join([encoded for encoded, _ in usual]), deadline):
+            self._num_expected -= len(names)
+            return [reply for _, reply in usual]
+        return [self.reply(deadline) for _ in names]
+
+    def _are(self, usual: bytes, deadline: Deadline) -> bool:
+        """Use up the usual replies, if these are what comes."""
         try:
-            while self._decoder.may_become(usual):
+            found = self._begins(usual, b"", deadline)
+            while not found and self._decoder.may_become(usual):
                 self._feed(deadline)
+                found = self._decoder.skip(usual)
         except (OSError, StoreError) as error:
             raise self._failure(error, deadline) from error
-        if _UNKNOWN not in pairs and self._decoder.skip(usual):
-            self._num_expected -= len(pairs)
-            return [reply for _, reply in pairs]
-        return [self.reply(deadline) for _ in names]
+        return found
 
     def ahead_bytes(self) -> int:
         """How much to send or ask for ahead, by how far away the server is."""
@@ -268,8 +263,7 @@ class Wire:
         """Use up `expected`, if that is what comes next and what follows is not, or might yet be, `unlike`."""
         if not self._decoder:
             begin = self._scratch[: len(expected) + len(unlike)]
-            self._prepare()
-            size = _received(self._receive_some(begin, deadline))
+            size = _received(self._timed.receive(begin, deadline.wait_s()))
             deadline.came(size)
             if size == len(expected) and begin == expected:
                 return True
@@ -278,41 +272,19 @@ class Wire:
 
     def _fill(self, views: Sequence[memoryview], deadline: Deadline) -> None:
         """First what was received already, then from the socket."""
-        left = after(views, 0)
-        while left and self._decoder:
+        left = views
+        while self._decoder and left:
             left = after(left, self._decoder.take_into(left[0]))
-        self._prepare()
         while left:
-            size = _received(self._receive_all(left, deadline))
+            size = self._timed.receive_all(left, deadline.wait_s())
             left = after(left, size)
             if left:
-                deadline.came(size)
+                deadline.came(_received(size))
 
     def _feed(self, deadline: Deadline) -> None:
-        self._prepare()
-        size = _received(self._receive_some(self._scratch, deadline))
+        size = _received(self._timed.receive(self._scratch, deadline.wait_s()))
         self._decoder.feed(self._scratch[:size])
         deadline.came(size)
-
-    def _prepare(self) -> None:
-        """Have the kernel keep time, not Python."""
-        if not self._blocks:
-            self._socket.settimeout(None)
-            self._blocks = True
-
-    def _receive_nothing(self) -> None:
-        """Raises BlockingIOError or SSLWantReadError where there is nothing to receive."""
-        self._prepare()
-        self._socket.recv(1, socket.MSG_DONTWAIT)
-
-    def _send_some(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> int:
-        return self._timed.send(buffers, deadline.left_s())
-
-    def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        return self._timed.receive(view, deadline.wait_s())
-
-    def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        return self._timed.receive_all(views, deadline.wait_s())
 
     def _failure(self, error: OSError | StoreError, deadline: Deadline) -> StoreError:
         """Any failure as a StoreError that names the server; the connection is in doubt from now on."""
@@ -325,33 +297,6 @@ class Wire:
         if isinstance(error, OSError):
             return StoreUnavailable(f"{self.label}: connection lost: {error}")
         return StoreUnavailable(f"{self.label}: {error}")
-
-
-class TlsWire(Wire):
-    """The same over TLS, which knows neither vectors nor MSG_WAITALL."""
-
-    def _prepare(self) -> None:
-        """Each call sets its own time."""
-
-    def _receive_nothing(self) -> None:
-        self._socket.settimeout(0.0)
-        self._socket.recv(1)
-
-    def _send_some(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> int:
-        self._socket.settimeout(deadline.left_s())
-        return self._socket.send(buffers[0])
-
-    def _receive_some(self, view: memoryview, deadline: Deadline) -> int:
-        self._socket.settimeout(deadline.wait_s())
-        return self._socket.recv_into(view)
-
-    def _receive_all(self, views: Sequence[memoryview], deadline: Deadline) -> int:
-        return self._receive_some(views[0], deadline)
-
-
-def wire_on(sock: socket.socket, owner: object, label: str) -> Wire:
-    """The wire for this kind of socket."""
-    return TlsWire(sock, owner, label) if isinstance(sock, ssl.SSLSocket) else Wire(sock, owner, label)
 
 
 def _joined(commands: Iterable[Sequence[Argument]]) -> Iterator[tuple[list[bytes | memoryview], list[Argument], int]]:

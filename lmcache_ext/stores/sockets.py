@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import ssl
 import struct
 from collections.abc import Sequence
 from typing import TypeVar, cast
@@ -40,13 +41,14 @@ class TimedSocket:
     A limit is set anew only where the one that stands is off by SLACK_S, for setting it is a system call too.
 
     Threads:  one at a time.
-    Owner:    of the socket's time limits, not of the socket, which has no timeout of Python's while it is used.
+    Owner:    of the socket's time limits, Python's and the kernel's; not of the socket.
     Failure:  OSError, with an errno of AGAIN where the time was over.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._send_limit_s = self._receive_limit_s = -1.0
+        sock.settimeout(None)
 
     def send(self, buffers: Sequence[bytes | memoryview], left_s: float) -> int:
         """Send as much as goes within so many seconds."""
@@ -57,20 +59,62 @@ class TimedSocket:
 
     def receive(self, view: memoryview, left_s: float) -> int:
         """Receive what there is; 0 is the end."""
-        self._limit_receive(left_s)
+        if abs(left_s - self._receive_limit_s) > SLACK_S:
+            self._limit_receive(left_s)
         return self._socket.recv_into(view)
 
     def receive_all(self, views: Sequence[memoryview], left_s: float) -> int:
         """Fill all views, in one call where nothing interrupts it; how many bytes came."""
-        self._limit_receive(left_s)
-        if len(views) == 1:
-            return self._socket.recv_into(views[0], 0, socket.MSG_WAITALL)
+        if abs(left_s - self._receive_limit_s) > SLACK_S:
+            self._limit_receive(left_s)
         return self._socket.recvmsg_into(views[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
 
+    def is_quiet(self) -> bool:
+        """Whether nothing came while it lay idle: neither stray bytes nor the end of the stream."""
+        try:
+            self._socket.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def _limit_receive(self, left_s: float) -> None:
-        if abs(left_s - self._receive_limit_s) > SLACK_S:
-            _limit(self._socket, socket.SO_RCVTIMEO, left_s)
-            self._receive_limit_s = left_s
+        _limit(self._socket, socket.SO_RCVTIMEO, left_s)
+        self._receive_limit_s = left_s
+
+
+class TimedTlsSocket(TimedSocket):
+    """The same over TLS, which knows neither vectors nor MSG_WAITALL, and whose time Python keeps.
+
+    Failure:  OSError, a TimeoutError or of the two SSLWant kinds where the time was over.
+    """
+
+    def send(self, buffers: Sequence[bytes | memoryview], left_s: float) -> int:
+        self._socket.settimeout(left_s)
+        return self._socket.send(buffers[0])
+
+    def receive(self, view: memoryview, left_s: float) -> int:
+        self._socket.settimeout(left_s)
+        return self._socket.recv_into(view)
+
+    def receive_all(self, views: Sequence[memoryview], left_s: float) -> int:
+        return self.receive(views[0], left_s)
+
+    def is_quiet(self) -> bool:
+        try:
+            self._socket.settimeout(0.0)
+            self._socket.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def timed(sock: socket.socket) -> TimedSocket:
+    """The one for this kind of socket."""
+    return TimedTlsSocket(sock) if isinstance(sock, ssl.SSLSocket) else TimedSocket(sock)
 
 
 def bytes_of(buffer: bytes | memoryview) -> memoryview:
