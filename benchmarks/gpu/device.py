@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -143,3 +143,15 @@ def matmul_loss(copy: Callable[[], object]) -> float:
 
     pairs = [(seconds_once(multiply, "cuda"), seconds_once(multiply, "cuda", copies)) for _ in range(REPEATS)]
     return statistics.median(beside / alone for alone, beside in pairs) - 1
+
+
+def time_beside(copiers: Mapping[str, Callable[[str], Callable[[], object]]]) -> float:
+    """Print what matrix products lose beside the copies of each copier, by the heads of its columns; the worst of the
+    first. A copier makes the copy of a way, "gather" or "scatter"."""
+    print("\n| beside matrix products | " + " | ".join(copiers) + " |" + "\n|---" + "|---" * len(copiers) + "|")
+    first = []
+    for way in ("gather", "scatter"):
+        losses = [matmul_loss(copy_of(way)) for copy_of in copiers.values()]
+        print(f"| {way} | " + " | ".join(f"{loss:+.1%}" for loss in losses) + " |", flush=True)
+        first.append(losses[0])
+    return max(first)

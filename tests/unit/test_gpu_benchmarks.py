@@ -101,6 +101,15 @@ def test_worker_without_vllm_is_skipped_with_a_word(monkeypatch, capsys):
     assert line.startswith("skipped: vLLM is not here")
 
 
+def test_what_stands_beside_copies_is_judged_by_our_own(monkeypatch, capsys):
+    monkeypatch.setattr(device, "matmul_loss", lambda copy: copy())
+    ours, theirs = {"gather": 0.01, "scatter": 0.03}, {"gather": 0.5, "scatter": 0.5}
+    copiers = {"ours": lambda way: lambda: ours[way], "theirs": lambda way: lambda: theirs[way]}
+    assert device.time_beside(copiers) == 0.03
+    (table,), _ = run.tables_and_lines(capsys.readouterr().out.splitlines())
+    assert [(row["ours"], row["theirs"]) for row in table] == [("+1.0%", "+50.0%"), ("+3.0%", "+50.0%")]
+
+
 def test_run_keeps_tables_lines_and_exit_status(tmp_path):
     script = tmp_path / "speaks.py"
     script.write_text("print('a line')\nprint('| a | b |\\n|---|---|\\n| 1 | - |')\nraise SystemExit(3)\n")
