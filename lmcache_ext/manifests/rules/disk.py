@@ -65,17 +65,21 @@ def _read_only(bundle: Bundle) -> Iterator[Found]:
             yield Found(node, f"{disk.path} is mounted read-only", "leave out readOnly", remove(node))
 
 
+def _too_small(disk: Disk, size: Node | None, what: str) -> Iterator[Found]:
+    """Where a size is written, of `what`, that is less than the disk's limit."""
+    have = read_bytes(size.text) if size is not None else None
+    if size is None or have is None or have >= disk.limit_bytes:
+        return
+    better = write_gib(int(disk.limit_bytes * SPARE))
+    message = f"{what} of {size.text} does not hold max_local_disk_size of {shown(disk.limit_bytes)}"
+    yield Found(size, message, f"write {better}, or lower max_local_disk_size", replace(size, better), at_value=True)
+
+
 def _empty_dir(bundle: Bundle) -> Iterator[Found]:
     for disk in _disks(bundle):
         directory = disk.volume.at("emptyDir") if disk.volume is not None else None
         limit = directory.at("sizeLimit") if directory is not None else None
-        have = read_bytes(limit.text) if limit is not None else None
-        if limit is not None and have is not None and have < disk.limit_bytes:
-            better = write_gib(int(disk.limit_bytes * SPARE))
-            message = f"an emptyDir of {limit.text} does not hold max_local_disk_size of {shown(disk.limit_bytes)}"
-            yield Found(
-                limit, message, f"write {better}, or lower max_local_disk_size", replace(limit, better), at_value=True
-            )
+        yield from _too_small(disk, limit, "an emptyDir")
 
 
 def _in_memory(bundle: Bundle) -> Iterator[Found]:
@@ -89,16 +93,9 @@ def _in_memory(bundle: Bundle) -> Iterator[Found]:
 def _ephemeral(bundle: Bundle) -> Iterator[Found]:
     for disk in _disks(bundle):
         on_node = disk.mount is None or (disk.volume is not None and disk.volume.at("emptyDir") is not None)
-        limit = disk.cache.container.resource("limits", "ephemeral-storage")
-        have = read_bytes(limit.text) if limit is not None else None
-        if on_node and limit is not None and have is not None and have < disk.limit_bytes:
-            better = write_gib(int(disk.limit_bytes * SPARE))
-            message = (
-                f"ephemeral-storage of {limit.text} does not hold max_local_disk_size of {shown(disk.limit_bytes)}"
-            )
-            yield Found(
-                limit, message, f"write {better}, or lower max_local_disk_size", replace(limit, better), at_value=True
-            )
+        if on_node:
+            limit = disk.cache.container.resource("limits", "ephemeral-storage")
+            yield from _too_small(disk, limit, "ephemeral-storage")
 
 
 def _claim_of(bundle: Bundle, disk: Disk) -> Node | None:
@@ -111,13 +108,7 @@ def _claim_small(bundle: Bundle) -> Iterator[Found]:
     for disk in _disks(bundle):
         claim = _claim_of(bundle, disk)
         size = claim.at("spec", "resources", "requests", "storage") if claim is not None else None
-        have = read_bytes(size.text) if size is not None else None
-        if size is not None and have is not None and have < disk.limit_bytes:
-            better = write_gib(int(disk.limit_bytes * SPARE))
-            message = f"a claim of {size.text} does not hold max_local_disk_size of {shown(disk.limit_bytes)}"
-            yield Found(
-                size, message, f"write {better}, or lower max_local_disk_size", replace(size, better), at_value=True
-            )
+        yield from _too_small(disk, size, "a claim")
 
 
 def _claim_once(bundle: Bundle) -> Iterator[Found]:
