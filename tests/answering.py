@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,3 +92,20 @@ def answering():
     yield start
     for server in made:
         server.close()
+
+
+@contextmanager
+def saying(banner: bytes):
+    """The http:// URL of a server that speaks something else: it says this to its first caller, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        speaker = threading.Thread(target=_say_once, args=(listener, banner), daemon=True)
+        speaker.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        speaker.join(10.0)
+
+
+def _say_once(listener, banner):
+    sock, _ = listener.accept()
+    with sock:
+        sock.recv(65536)
+        sock.sendall(banner)

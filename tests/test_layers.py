@@ -38,8 +38,9 @@ ARROWS = {
     "offload": {"stores", "serde", "ops", "wire", "namespace", "frame", "host_memory", "reload", "config", "errors"},
     "connector": {"offload", "reload", "namespace", "frame", "config", "errors"},
     "plugin": {"offload", "config", "errors"},
-    "manifests": {"config", "errors"},
-    "doctor": {"stores", "config", "errors"},  # asks backends as a server would, through their stores
+    "exposition": set(),
+    "manifests": {"exposition", "config", "errors"},
+    "doctor": {"exposition", "stores", "config", "errors"},  # asks backends as a server would, through their stores
     "cli": {
         "doctor",
         "manifests",

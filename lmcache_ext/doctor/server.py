@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache_ext.exposition import Sample, read_samples
+
 TIMEOUT_S = 60.0
 CONFIG, EXPLAIN = "/lmcache/v1/config", "/lmcache/v1/explain"
-
-Sample = tuple[Mapping[str, str], float]
-
-_SERIES = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
-_DECLARED = re.compile(r"^# TYPE (\S+) ", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True)
@@ -68,7 +63,7 @@ def gather(url: str, *, api_key: str | None = None, request: Mapping[str, Any] |
         raise ValueError(f"{url} is not a server's address: write it as http://host:8080")
     facts = Facts(url.rstrip("/"))
     status, text = _fetch(facts.url + "/metrics", api_key)
-    facts.metrics = parse_metrics(text) if status == 200 else {}
+    facts.metrics = read_samples(text) if status == 200 else {}
     facts.config_status, text = _fetch(facts.url + CONFIG, api_key)
     facts.config = _json(text)
     if request is not None:
@@ -99,13 +94,3 @@ def _json(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def parse_metrics(text: str) -> dict[str, list[Sample]]:
-    """Prometheus' text format: name -> samples, of which a metric has none before its first event."""
-    found: dict[str, list[Sample]] = {name: [] for name in _DECLARED.findall(text)}
-    for line in text.splitlines():
-        matched = None if line.startswith("#") else _SERIES.match(line)
-        if matched is not None:
-            found.setdefault(matched[1], []).append((dict(_LABEL.findall(matched[2] or "")), float(matched[3])))
-    return found

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
-from threading import Thread
 
 import pytest
 
 from lmcache_ext import cli
 from lmcache_ext.doctor.condition import findings
 from lmcache_ext.doctor.peers import differences
-from lmcache_ext.doctor.server import CONFIG, Facts, gather, parse_metrics
-from tests.answering import HEALTHY, LABELS, SETTINGS, SHOWN, TOLD, answering
+from lmcache_ext.doctor.server import CONFIG, Facts, gather
+from lmcache_ext.exposition import read_samples
+from tests.answering import HEALTHY, LABELS, SETTINGS, SHOWN, TOLD, answering, saying
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def serve():
 
 
 def facts(metrics=HEALTHY, config=SHOWN, **more):
-    return Facts("http://a", 200, config, parse_metrics(metrics), **more)
+    return Facts("http://a", 200, config, read_samples(metrics), **more)
 
 
 def said(found, level):
@@ -213,7 +212,7 @@ class TestTwoServers:
 
     def test_that_do_not_explain_are_compared_by_what_they_show(self):
         settings = SETTINGS | {"chunk_size": {"value": "128", "origin": "default", "live": False}}
-        other = Facts("http://b", 200, SHOWN | {"settings": settings}, parse_metrics(HEALTHY))
+        other = Facts("http://b", 200, SHOWN | {"settings": settings}, read_samples(HEALTHY))
         found = list(differences(facts(), other))
         assert said(found, "problem") == ["http://a and http://b never share: chunk_size differs: 256 and 128"]
         assert said(found, "note") == [
@@ -244,11 +243,6 @@ class TestAsking:
     def test_nothing_but_servers(self, tmp_path):
         with pytest.raises(ValueError, match="http://host:8080"):
             gather(f"file://{tmp_path}")
-
-    def test_metrics_with_escapes_and_odd_numbers(self):
-        found = parse_metrics('a{x="q\\"uote",y="b,c"} 1e3\nb NaN\n# c 1\nnonsense\n')
-        assert found["a"] == [({"x": 'q\\"uote', "y": "b,c"}, 1000.0)]
-        assert set(found) == {"a", "b"}
 
 
 class TestCommand:
@@ -297,9 +291,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("banner", [b"-ERR unknown command 'GET'\r\n", b""])
     def test_server_that_speaks_something_else_is_named(self, banner, capsys):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            Thread(target=_say_once, args=(listener, banner), daemon=True).start()
+        with saying(banner) as url:
             assert cli.main(["doctor", url]) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
@@ -311,10 +303,3 @@ class TestCommand:
     def test_is_2_where_nobody_can_be_asked(self, arguments, capsys):
         assert cli.main(["doctor", *arguments]) == 2
         assert capsys.readouterr().err
-
-
-def _say_once(listener, banner):
-    sock, _ = listener.accept()
-    with sock:
-        sock.recv(65536)
-        sock.sendall(banner)

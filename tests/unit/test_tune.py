@@ -15,6 +15,7 @@ from lmcache_ext.manifests.tune.facts import model_bytes_per_token, read_facts
 from lmcache_ext.manifests.tune.metrics import Metrics
 from lmcache_ext.manifests.tune.plan import Wishes
 from lmcache_ext.manifests.tune.run import patches, tune
+from tests.answering import saying
 from tests.traps import EMPTY_DIR, ENGINE, RUNTIME
 from tests.tuning import RECORDED, metrics
 
@@ -248,6 +249,14 @@ def test_dry_run_without_metrics_looks_at_what_cannot_work(tmp_path, capsys):
     manifest.write_text(ENGINE.replace("sizeLimit: 3Gi", "sizeLimit: 1Gi"))
     assert main(["tune", "--dry-run", "--configmap", "lmcache-config", str(manifest)]) == 0
     assert "/dev/shm: 1Gi -> 3Gi" in capsys.readouterr().out
+
+
+def test_metrics_of_a_server_that_speaks_something_else_are_one_line(tmp_path, capsys):
+    manifest = tmp_path / "x.yaml"
+    manifest.write_text(ENGINE)
+    with saying(b"220 mail.example.com ESMTP\r\n") as url:
+        assert main(["tune", "--dry-run", "--configmap", "lmcache-config", "--metrics", url, str(manifest)]) == 2
+    assert capsys.readouterr().err.startswith(f"{url}: cannot be read (")
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,22 @@
-"""``/metrics`` as text: samples by name, and quantiles of histograms."""
+"""``/metrics`` of a server: sums, and quantiles of histograms."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
-_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?")
-_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
-
-
-class Sample(NamedTuple):
-    name: str
-    labels: Mapping[str, str]
-    value: float
+from lmcache_ext.exposition import Sample, read_samples
 
 
 class Metrics:
     """One exposition; counters of several engines or servers are added up."""
 
     def __init__(self, text: str) -> None:
-        self.samples = list(_samples(text))
+        self._samples = read_samples(text)
 
     def of(self, name: str, **labels: str) -> list[Sample]:
         """Samples of that name, with or without the ``_total`` that Prometheus appends to counters."""
-        wanted = labels.items()
-        return [each for each in self.samples if each.name in (name, f"{name}_total") and wanted <= each.labels.items()]
+        found = [*self._samples.get(name, ()), *self._samples.get(f"{name}_total", ())]
+        return [each for each in found if labels.items() <= each.labels.items()]
 
     def total(self, name: str, **labels: str) -> float | None:
         """The sum of a counter or gauge; None where it is not there."""
@@ -58,15 +48,3 @@ class Metrics:
             if not math.isnan(bound):
                 found[bound] = found.get(bound, 0.0) + each.value
         return found
-
-
-def _samples(text: str) -> Iterator[Sample]:
-    for line in text.splitlines():
-        found = _SAMPLE.fullmatch(line.strip()) if line[:1] != "#" else None
-        if found is None:
-            continue
-        try:
-            value = float(found[3])
-        except ValueError:
-            continue
-        yield Sample(found[1], dict(_LABEL.findall(found[2] or "")), value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -70,7 +70,7 @@ def fetch_metrics(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
             return str(answer.read(_MAX_METRICS_BYTES).decode("utf-8", "replace"))
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ManifestError(f"{url}: cannot be read ({error})") from None
 
 
