@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lmcache_ext.offload.tier")
 
+_SOURCES = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+"""By the store's name; of other stores vLLM's metrics have no word."""
+
 CHUNKS_PER_TASK = 4  # small enough that a fetch overtakes a long write-behind
 _GAUGE_INTERVAL_S = 10.0
 
@@ -137,7 +140,7 @@ class StoredTier(SecondaryTierManager):
     def _put(self, store: Guarded, serde: Serde) -> Backing:
         self.tier_type = store.name
         self._admission = Admission()  # what was written to another store is not in this one
-        self.cache_hit_source = CacheHitSource.DISK if store.name == "disk" else CacheHitSource.EXTERNAL_UNSPECIFIED
+        self.cache_hit_source = _SOURCES.get(store.name, CacheHitSource.EXTERNAL_UNSPECIFIED)
         chunks = ChunkIO(store, serde, self._namespace, readable_serdes())
         return Backing(store, chunks, Lookups(store.name, chunks, self._tell, self._ahead.begin))
 

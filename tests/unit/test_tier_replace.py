@@ -8,6 +8,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from lmcache_ext.errors import StoreFull
 from lmcache_ext.offload import metrics
 from lmcache_ext.serde.naive import NaiveSerde
+from lmcache_ext.stores.disk import DiskStore
 from lmcache_ext.stores.guard import Guarded
 from tests.servers import until
 from tests.unit.test_tier import NAMESPACE, NUM_ROWS, STEP, WAIT_S, Bench, GatedStore, context, key
@@ -146,3 +147,9 @@ class TestReplace:
         assert bench.finished().keys() == set(jobs)
         until(lambda: all(store.closed for store in stores[:-1]), "closed")
         assert not stores[-1].closed
+
+
+@pytest.mark.parametrize(("name", "source"), [("disk", "disk"), ("peer", "p2p"), ("redis", "external_unspecified")])
+def test_hits_count_for_the_kind_of_store_they_come_from(bench, tmp_path, name, source):
+    bench.tier.replace(Guarded(DiskStore([str(tmp_path / "new")], None, name=name), deadline_s=WAIT_S), NaiveSerde())
+    assert bench.tier.cache_hit_source.value == source
