@@ -28,10 +28,12 @@ def test_two_servers_on_one_directory_stay_under_its_limit(tmp_path):
 
     watcher = threading.Thread(target=watch)
     with (
-        cache_server(tmp_path, gpu_blocks=40, cache=cache) as one,
-        cache_server(tmp_path, gpu_blocks=40, cache=cache) as two,
+        cache_server(tmp_path, gpu_blocks=40, cache=cache, wait=False) as one,
+        cache_server(tmp_path, gpu_blocks=40, cache=cache, wait=False) as two,
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
+        one.wait_ready()
+        two.wait_ready()
         watcher.start()
         try:
             asked = [(server, seed) for seed in range(12) for server in (one, two)]
