@@ -7,13 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.gpu.run import gpu
 from lmcache_ext.ops import cachegen_cuda, fixed_cuda, pages_cuda, pages_fp8_cuda
+from lmcache_ext.ops.launches_cuda import Finished, Launches
+from lmcache_ext.ops.page_shape import PageShape
+from lmcache_ext.ops.table import PageTable, Part
 from scripts.check_image import missing_kernels
-from tests.device import CSRC
+from tests.cuda_streams import Driver
+from tests.device import CSRC, aligned
 
 pytestmark = pytest.mark.e2e  # ten seconds of nvcc
 
@@ -47,6 +54,27 @@ def test_check_of_an_image_misses_what_a_library_of_older_sources_lacks(library,
     (line,) = missing_kernels([newer], library)
     assert line.startswith("kvx_cuda_newer of newer.cu is not in cuda.so")
     assert "were not compiled" in next(missing_kernels([newer], tmp_path / "none.so"))
+
+
+@pytest.mark.parametrize("shape", [None, PageShape("bfloat16", heads=1, runs=1, k_run=16, v_run=16, heads_first=True)])
+def test_launch_without_a_gpu_is_a_failed_copy(library, monkeypatch, shape):
+    if gpu() is not None:
+        pytest.skip("there is one")
+    loaded = pages_fp8_cuda.bind(pages_cuda.bind(ctypes.CDLL(str(library))))
+    for face in (pages_cuda, pages_fp8_cuda):
+        monkeypatch.setattr(face, "_library", lambda: loaded)
+    rows, pool, first = aligned(256), aligned(256, 1), np.zeros(1, dtype=np.int64)
+    copy = pages_cuda.copy_pages if shape is None else partial(pages_fp8_cuda.copy_pages, shape=shape)
+
+    def gather(part, stream):
+        place = {"rows_ptr": rows.ctypes.data, "rows_bytes": rows.size, "row_offsets": part.offsets}
+        return copy("gather", table=part.table, block_ids=part.block_ids, **place, stream=0)
+
+    launches = Launches(gather, Driver())
+    launches.submit(1, [Part(PageTable.of([(pool.ctypes.data, 4, 64, 64)]), first, first)])
+    launches.wait()
+    assert launches.finished() == [Finished(1, None, 0.0)]
+    assert not rows.any()
 
 
 def test_library_is_of_the_abi_that_its_faces_want(library):
