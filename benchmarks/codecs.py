@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu.codecs import KEY_BINS, VALUE_BINS, Shape, rows_like_kv
 from lmcache_ext.ops import cachegen, fixed, lossless
+from lmcache_ext.serde.cachegen import bins_by_layer
 
 SHAPE = Shape("four layers", layers=4, heads=8, k_dim=128, v_dim=128, blocks=16)
 SETS = {1: "plain C++", 2: "AVX2", 3: "AVX-512"}
@@ -47,7 +46,7 @@ def main() -> None:
     layout = SHAPE.layout("bfloat16")
     (row,) = rows_like_kv(layout, 1)
     source, target = memoryview(row), memoryview(bytearray(row))
-    bins = np.tile(np.array([[KEY_BINS, VALUE_BINS]], dtype=np.float32), (layout.layers, 1))
+    bins = bins_by_layer(layout.layers, KEY_BINS, VALUE_BINS)
     print("| codec | instruction set | ratio | encode | decode |\n|---|---|---|---|---|")
     for isa in reversed(cachegen.instruction_sets()):
         payload = cachegen.encode(layout, bins, source, isa)

@@ -47,7 +47,7 @@ from lmcache_ext.serde.naive import NaiveSerde
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = 16  # tokens, as on GPUs
 CPU_BLOCK = 128
-DOCUMENTS = 80
+DOCUMENTS = 60
 REPEATS = 5  # of each timing; the best counts
 YARDSTICK = "fp8"
 
@@ -135,18 +135,24 @@ def timed(result: Result, way: Way, chunk: torch.Tensor) -> Result:
     return replace(result, encode_mb_s=encode_mb_s, decode_mb_s=decode_mb_s)
 
 
-CURVE = ((16, 8), (24, 8), (32, 10), (48, 14), (64, 20), (96, 32))
+CURVE = (0.5, 0.7, 1.4, 2.0)  # times as many bins
+FLAT = ((32, 10), (62, 15), (96, 32))  # in all layers
 
 
 def ways(config: LlamaConfig, *, curve: bool = False) -> Mapping[str, Way]:
     """By name, in the order of the table, for the KV of such a model."""
     layout, cpu_layout = layout_of(config, BLOCK), layout_of(config, CPU_BLOCK)
-    cachegen = CacheGenSerde(layout, Config().cachegen_key_bins, Config().cachegen_value_bins)
+    bins = (Config().cachegen_key_bins, Config().cachegen_value_bins)
+    cachegen = CacheGenSerde(layout, *bins)
     found = {serde.name: Way(serde) for serde in (NaiveSerde(), LosslessSerde(2))}
     found |= {name: Way(FixedSerde(scheme, layout)) for name, scheme in NAMES.items()}
     found[cachegen.name] = Way(cachegen)
     if curve:
-        found |= {f"cachegen {keys}/{values}": Way(CacheGenSerde(layout, (keys,), (values,))) for keys, values in CURVE}
+        for factor in CURVE:
+            scaled = ([factor * number for number in schedule] for schedule in bins)
+            found[f"cachegen x {factor}"] = Way(CacheGenSerde(layout, *scaled))
+        for keys, values in FLAT:
+            found[f"cachegen {keys}/{values}"] = Way(CacheGenSerde(layout, (keys,), (values,)))
     found["host fp8"] = Way(HostRows(layout))
     for name, scheme in NAMES.items():
         found[f"{name}, blocks of {CPU_BLOCK}"] = Way(FixedSerde(scheme, cpu_layout), CPU_BLOCK)
@@ -210,7 +216,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help=f"at most so many; {DOCUMENTS} if not given")
     parser.add_argument("--choosing", action="store_true", help="on the documents that defaults were chosen by")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="run on this core alone")
-    parser.add_argument("--curve", action="store_true", help="cachegen with other bins too")
+    parser.add_argument(
+        "--curve", action="store_true", help="cachegen with other bins too: times as many, or the same in all layers"
+    )
     parser.add_argument("--speeds", action="store_true", help="only speeds, all else as an earlier run wrote it")
     parser.add_argument(
         "--out", type=Path, help="where the numbers and the plot go; benchmarks/results, or nowhere with --serdes"

@@ -204,8 +204,8 @@ class Config(_Part):
     cache_policy: Literal["LRU", "ARC", "LFU", "FIFO", "MRU"] = "LRU"
     disk_paths: tuple[str, ...] = ()
     disk_io_threads: int = 4
-    cachegen_key_bins: tuple[float, ...] = (62.0,)  # by layer, the last for all that follow; see serde/cachegen.py
-    cachegen_value_bins: tuple[float, ...] = (15.0,)
+    cachegen_key_bins: tuple[float, ...] = (128.0, 48.0, 32.0)  # by layer, the last for all that follow
+    cachegen_value_bins: tuple[float, ...] = (64.0, 16.0, 10.0)  # see serde/cachegen.py
     local_disk_serde: Serde = "naive"
     save_unfull_chunk: bool = False  # LMCache 0.3 and older: true
     enable_async_loading: bool = True

@@ -28,9 +28,10 @@ from lmcache_ext.errors import FrameError
 from lmcache_ext.ops import cachegen, cachegen_cuda, fixed, fixed_cuda, fixed_numpy
 from lmcache_ext.ops.chunks_cuda import Chunk, Memory
 from lmcache_ext.ops.layout import DTYPES, ELEMENT_BYTES, Dtype, Layout, dense_cells, token_rows
+from lmcache_ext.serde.cachegen import bins_by_layer
 
 TARGET_GB_S = 20.0
-KEY_BINS, VALUE_BINS = 62.0, 15.0  # the defaults of the serde
+KEY_BINS, VALUE_BINS = (128.0, 48.0, 32.0), (64.0, 16.0, 10.0)  # the defaults of the serde
 DAMAGED = 100  # payloads of each codec, some of them decoded to other rows all the same
 
 
@@ -103,7 +104,7 @@ class Codec:
 
     def __init__(self, name: str, layout: Layout, device: str, chunks: int) -> None:
         self.name, self.layout, self.device = name, layout, device
-        self.bins = np.tile(np.array([[KEY_BINS, VALUE_BINS]], dtype=np.float32), (layout.layers, 1))
+        self.bins = bins_by_layer(layout.layers, KEY_BINS, VALUE_BINS)
         self.is_cachegen = name == "cachegen"
         tables = cachegen_cuda.tables(layout, self.bins) if self.is_cachegen else fixed_cuda.tables(layout)
         scratch = [cachegen_cuda.scratch_bytes(layout, encodes=encodes) for encodes in (True, False)]

@@ -196,8 +196,8 @@ ENGINES = {
     "fp8": [DISK.format("fp8"), DISK.format("naive") + REMOTE.format("fp8"), REMOTE.format("fp8")],
     "host fp8": ["extra_config: {host_kv_dtype: fp8}\n" + DISK.format("lossless")],
     "fp8+int8": [DISK.format("fp8") + REMOTE.format("int8")],
-    "cachegen (62.0,) (15.0,)": [REMOTE.format("cachegen")],
-    "cachegen (62.0,) (9.0,)": [REMOTE.format("cachegen") + "extra_config: {cachegen_value_bins: 9}\n"],
+    "cachegen (128.0, 48.0, 32.0) (64.0, 16.0, 10.0)": [REMOTE.format("cachegen")],
+    "cachegen (128.0, 48.0, 32.0) (9.0,)": [REMOTE.format("cachegen") + "extra_config: {cachegen_value_bins: 9}\n"],
 }
 
 
