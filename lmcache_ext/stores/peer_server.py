@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,9 +28,13 @@ _H = TypeVar("_H")
 
 MAX_CONNECTIONS = 64
 READ_BYTES = 64 * 1024
+HELLO_S = 10.0
+"""For a client to say who it is: until then it holds one of few places."""
 IDLE_S = 300.0
 SEND_S = 30.0
 JOIN_S = 2.0
+RETRY_S = 0.2
+"""After a connection could not be accepted: the process may have no more files, for now."""
 
 
 class Objects(ABC):
@@ -70,7 +75,7 @@ class PeerServer:
         self._listeners: list[socket.socket] = []
         self._lock = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
-        self._is_closed = False
+        self._closing = threading.Event()
         self.counters: Counter[str] = Counter()
 
     def open(self) -> PeerServer:
@@ -96,7 +101,7 @@ class PeerServer:
     def close(self) -> None:
         """No object is read once this has returned."""
         with self._lock:
-            self._is_closed = True
+            self._closing.set()
             threads = dict(self._open)
         for listener in self._listeners:
             with suppress(OSError):
@@ -108,18 +113,27 @@ class PeerServer:
             thread.join(JOIN_S)
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # closed
-            while True:
+        while not self._closing.is_set():
+            try:
                 sock, _ = listener.accept()
-                thread = threading.Thread(target=self._serve, args=(sock,), name="lmcache_ext-peer", daemon=True)
-                with self._lock:
-                    is_wanted = not self._is_closed and len(self._open) < MAX_CONNECTIONS
-                    if is_wanted:
-                        self._open[sock] = thread
-                        thread.start()
-                if not is_wanted:
-                    self.counters["refused"] += 1
-                    sock.close()
+            except OSError as error:
+                if not self._closing.wait(RETRY_S):
+                    self._count_failure(error)
+                continue
+            thread = threading.Thread(target=self._serve, args=(sock,), name="lmcache_ext-peer", daemon=True)
+            with self._lock:
+                is_wanted = not self._closing.is_set() and len(self._open) < MAX_CONNECTIONS
+                if is_wanted:
+                    self._open[sock] = thread
+                    thread.start()
+            if not is_wanted:
+                self.counters["refused"] += 1
+                sock.close()
+
+    def _count_failure(self, error: OSError) -> None:
+        self.counters["failed"] += 1
+        if self.counters["failed"] == 1:
+            logger.warning("A peer's connection could not be accepted, and the next ones are tried: %s", error)
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -139,6 +153,7 @@ class _Connection:
     def __init__(self, server: PeerServer, sock: socket.socket, objects: Objects, can: v2.Capabilities) -> None:
         self._server, self._sock, self._objects, self._can = server, sock, objects, can
         self._is_welcome = not server.token.is_needed
+        self._hello_by: float | None = time.monotonic() + HELLO_S
         self._old = lm.RequestDecoder()
         self._decoder = v2.RequestDecoder()
 
@@ -149,6 +164,7 @@ class _Connection:
             raise WireError("a client of LMCache's cache server, and this is an engine")
         self._send([memoryview(v2.hello_reply().encode())])
         self._decoder.feed(self._old.take_rest())
+        self._hello_by = None if self._is_welcome else self._hello_by
         while (request := self._next(self._decoder)) is not None:
             if request.op == v2.Op.PUT:
                 raise WireError("peers are read, not written")
@@ -163,6 +179,7 @@ class _Connection:
             self._server.counters["unauthorized"] += 1
             self._reply(request, b"the token is missing or wrong", v2.Status.UNAUTHORIZED)
             return False
+        self._hello_by = None
         if request.op == v2.Op.GET:
             self._get(request)
         elif request.op == v2.Op.HELLO:
@@ -218,7 +235,7 @@ class _Connection:
         return bytes(body)
 
     def _receive(self) -> bytes:
-        self._sock.settimeout(IDLE_S)
+        self._sock.settimeout(IDLE_S if self._hello_by is None else max(self._hello_by - time.monotonic(), 0.001))
         return self._sock.recv(READ_BYTES)
 
     def _send(self, parts: Sequence[memoryview]) -> None:

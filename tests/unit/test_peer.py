@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -18,11 +19,13 @@ from lmcache_ext.offload.chunk_io import ChunkIO
 from lmcache_ext.offload.holdings import Holdings
 from lmcache_ext.offload.peer_rows import PeerRows
 from lmcache_ext.serde.naive import NaiveSerde
+from lmcache_ext.stores import peer_server
 from lmcache_ext.stores.controller import door
 from lmcache_ext.stores.lmserver import LMServerStore, Settings
 from lmcache_ext.stores.lmserver_socket import Address
 from lmcache_ext.stores.peer import PeerStore
 from lmcache_ext.stores.peer_server import PeerServer
+from lmcache_ext.wire import v2
 from tests.controllers import RunningController, Talker
 from tests.servers import free_port, has_ipv6, until
 from tests.unit.test_tier import key
@@ -283,6 +286,37 @@ class TestServer:
         assert client.exists([NAMESPACE + key(1)]) == [True]
         client.close()
         until(lambda: not alone.server._open, "their threads have ended")
+
+    @pytest.mark.parametrize("said", [b"", v2.hello_request().encode()])
+    def test_waits_for_a_token_no_longer_than_for_a_greeting(self, tmp_path, monkeypatch, said):
+        monkeypatch.setattr("lmcache_ext.stores.peer_server.HELLO_S", 0.2)
+        (tmp_path / "token").write_text("secret")
+        with closing(Neighbour(token_file=str(tmp_path / "token"))) as alone:
+            with socket.create_connection(("127.0.0.1", alone.port), 10.0) as sock:
+                sock.sendall(said)
+                while sock.recv(4096):
+                    pass
+            until(lambda: not alone.server._open, "its place is free")
+
+    def test_goes_on_where_a_connection_could_not_be_accepted(self, monkeypatch, caplog):
+        failures = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ECONNABORTED, "aborted")]
+
+        class Listener(socket.socket):
+            def accept(self):
+                if failures:
+                    raise failures.pop()
+                return super().accept()
+
+        monkeypatch.setattr(peer_server, "RETRY_S", 0.01)
+        listen = peer_server._listen
+        monkeypatch.setattr(peer_server, "_listen", lambda *place: Listener(fileno=listen(*place).detach()))
+        with closing(Neighbour()) as alone:
+            address = Address("127.0.0.1", alone.port)
+            alone.hold(1, 2, told=False)
+            with closing(LMServerStore(address, Settings(num_connections=1), name="peer")) as store:
+                assert store.exists([NAMESPACE + key(1)]) == [True]
+        assert [record.message for record in caplog.records if "could not be accepted" in record.message]
+        assert alone.server.counters["failed"] == 2
 
     def test_a_port_that_is_taken_names_the_keys(self, alone):
         with pytest.raises(ConfigError, match=r"p2p_init_ports.*cannot listen on 127\.0\.0\.1"):
