@@ -165,7 +165,7 @@ class LMCacheConnectorV1(OffloadingConnector):
             return
         self._hooks.run("reload", self._between_steps, None)
         if not isinstance(request.kv_transfer_params, dict):
-            request.kv_transfer_params = None  # a client's vllm_xargs may hold anything under this name
+            request.kv_transfer_params = None  # extra_args may hold anything under this name
         req_id = request.request_id
         self._hooks.run("label_tenant", lambda: label_tenant(request), False, req_id=req_id)
         if not self._hooks.run("label_adapter", lambda: self._adapters.label(request), False, req_id=req_id):

@@ -1,4 +1,9 @@
-"""What clients may send under the name of kv_transfer_params: vLLM checks it there, and not in `vllm_xargs`."""
+"""What may stand under the name of kv_transfer_params.
+
+vLLM's API checks its own field, not `vllm_xargs`, where it may be text: vLLM 0.32 fails on that in its API process,
+with a 500 and before the engine hears of the request. The hook does not rely on it: what it raised would end the
+engine.
+"""
 
 from __future__ import annotations
 
