@@ -140,6 +140,7 @@ class Controller:
             "name_conflicts": ("registrations refused: a living engine has the name", "taken"),
             "sequence_gaps": ("lost messages, each followed by a full sync", "gaps"),
             "repeated_messages": ("skipped", "repeated"),
+            "distrusted_syncs": ("held more than the engine then said it had told", "distrusted"),
             "full_syncs": ("begun", "syncs"),
             "refused_keys": ("beyond --max-keys", "keys_refused"),
             "messages": ("from engines", "messages"),

@@ -258,6 +258,14 @@ def test_a_gap_asks_for_everything(controller):
     assert controller.num_keys() == 0
 
 
+def test_a_sync_of_more_than_it_says_is_counted_where_people_look(controller):
+    joined = Joined(controller, "one")
+    assert joined.tell("begin_sync")
+    assert joined.tell("keys", KEYS[:2], added=2)
+    assert not joined.tell("end_sync", total=1)
+    assert "lmcache_controller_distrusted_syncs_total 1" in controller.get("/metrics").text
+
+
 def test_a_second_engine_of_the_same_name_is_told_so(controller):
     Joined(controller, "one")
     refused = Talker(controller.ports["reply"]).say("register", instance="one", boot="other", namespace=SPACE)
