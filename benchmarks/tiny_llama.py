@@ -1,12 +1,12 @@
 """Trains a small Llama on the text that ships with Python, so that attention has structure to compress.
 
-Run: ``python benchmarks/tiny_llama.py [--steps 800]``. Random weights say nothing about codecs for KV: their keys
-have no channels that stand out and their values no neighbours that are alike. This model has 8 layers, 4 query
-and 2 KV heads of 64 and a vocabulary of 2,048 byte pairs, and learns the sources of the standard library and
-`pydoc`'s topics; a core of 2023 takes about ten minutes. Deterministic for one Python and one torch; the result, a
-directory as Hugging Face writes it, is kept under ``.cache`` by a digest of the recipe. The last
-`HELD_OUT_SHARE` of the text is never trained on; ``training.json`` says how well it is foretold, behind as much text
-as `benchmarks/serde.py` stores.
+Run: ``python benchmarks/tiny_llama.py [--steps 800] [--model second]``. Random weights say nothing about codecs for KV:
+their keys have no channels that stand out and their values no neighbours that are alike. The first model has 8 layers,
+4 query and 2 KV heads of 64 and a vocabulary of 2,048 byte pairs, and learns the sources of the standard library and
+`pydoc`'s topics; the second differs in seed and shape. A core of 2023 takes ten minutes for one, and up to 40 beside
+other work. Deterministic for one Python and one torch; the result, a directory as Hugging Face writes it, is kept under
+``.cache`` by a digest of the recipe. The last `HELD_OUT_SHARE` of the text is never trained on; ``training.json`` says
+how well it is foretold, behind as much text as `benchmarks/serde.py` stores.
 
 Matrices are trained by Muon (Jordan et al., 2024), whose steps are worth several of AdamW's here, all else by AdamW.
 """
@@ -196,7 +196,7 @@ def trained(steps: int = STEPS, name: str = "first") -> Path:
     tokenizer = train_tokenizer(text)
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     model = LlamaForCausalLM(shape(variant))
-    print(f"Training a model, which takes a core 10 to 30 minutes; it is kept in {directory}", flush=True)
+    print(f"Training a model, which takes a core 10 to 40 minutes; it is kept in {directory}", flush=True)
     print(f"{model.num_parameters():,} parameters, {len(tokens):,} tokens to learn from", flush=True)
     losses = train(model, tokens, steps, variant.seed)
     partial = directory.with_name(f"{directory.name}.{os.getpid()}")
