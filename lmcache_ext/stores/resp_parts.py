@@ -35,9 +35,9 @@ from lmcache_ext.stores.base import MAX_KEY_BYTES, NAMESPACE_BYTES
 
 MANIFEST_BYTES = 48
 PART_BYTES = 256 * 1024
-"""Of a value so long two or three fit in a cache while they are under way (`resp_wire.AHEAD_BYTES`). Larger ones are
+"""So that a few are under way in what a new connection may have under way (`resp_wire.AHEAD_BYTES`). Larger ones are
 slower both ways, also where they are read by GETRANGE, 256 KiB at a time: nothing is gained by asking less often, and
-the server takes fresh memory from the kernel more often to put them in (benchmarks/RESULTS.md)."""
+Redis takes fresh memory from the kernel more often to put them in (benchmarks/RESULTS.md)."""
 
 WHOLE_PARTS = 1.25
 """Objects up to so many parts long stay in one piece: a 256 KiB row has a frame before it."""

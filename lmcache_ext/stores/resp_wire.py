@@ -12,7 +12,7 @@ from contextlib import suppress
 from lmcache_ext.errors import StoreError, StoreTimeout, StoreUnavailable
 from lmcache_ext.stores.pace import Floor, Pace
 from lmcache_ext.stores.resp import Argument, Decoder, ErrorReply, Incomplete, Reply, check_end, encode
-from lmcache_ext.stores.sockets import AGAIN, after, cut, round_trip_s, timed
+from lmcache_ext.stores.sockets import AGAIN, after, cut, is_paced, round_trip_s, timed
 
 RECEIVE_BYTES = 4 * 1024
 """Asked for where the length of what comes is unknown; so much of a payload at most is copied."""
@@ -21,8 +21,12 @@ MAX_DRAIN_BYTES = 1024**2
 """Of a payload that nobody wants: beyond it a new connection is cheaper."""
 
 AHEAD_BYTES = 640 * 1024
-"""Sent and not answered, or asked for and not received yet, of a server next door: two or three parts of an object.
-What is still in a cache when it is sent or received costs half (benchmarks/RESULTS.md)."""
+"""Asked for and not received yet, of a server next door, and sent and not answered where the connection is paced: two
+or three parts of an object. More than its congestion window (14 to 18 segments of 64 KiB over loopback) makes BBR pace
+the connection from then on, which halves the speed (benchmarks/RESULTS.md)."""
+
+SEND_AHEAD_BYTES = 2 * 1024**2
+"""Sent and not answered where nothing paces: a quarter faster than AHEAD_BYTES with objects of 4 MiB."""
 
 MAX_AHEAD_BYTES = 4 * 1024**2
 """The same, of a server far away."""
@@ -164,7 +168,8 @@ class Wire:
         """The replies, in order. Commands are sent ahead as long as few enough of their bytes are not answered."""
         replies: list[Reply] = []
         under_way: deque[tuple[list[Argument], int]] = deque()
-        ahead_bytes, most_bytes = 0, self.ahead_bytes()
+        ahead_bytes = 0
+        most_bytes = self.ahead_bytes(AHEAD_BYTES if is_paced(self._socket) else SEND_AHEAD_BYTES)
         for buffers, names, num_bytes in _joined(commands):
             while under_way and ahead_bytes + num_bytes > most_bytes:
                 answered, answered_bytes = under_way.popleft()
@@ -196,9 +201,9 @@ class Wire:
             raise self._failure(error, deadline) from error
         return found
 
-    def ahead_bytes(self) -> int:
-        """How much to send or ask for ahead, by how far away the server is."""
-        return min(MAX_AHEAD_BYTES, AHEAD_BYTES + int(round_trip_s(self._socket) * LINK_BYTES_PER_S))
+    def ahead_bytes(self, near_bytes: int = AHEAD_BYTES) -> int:
+        """How much to ask for or send ahead: so much of a server next door, more of one far away."""
+        return min(MAX_AHEAD_BYTES, near_bytes + int(round_trip_s(self._socket) * LINK_BYTES_PER_S))
 
     def take(self, expected: bytes, views: Sequence[memoryview], deadline: Deadline, *, unlike: bytes = b"") -> bool:
         """Receive the next payload into `views` if its reply begins as `expected`, which tells its length, all of it.

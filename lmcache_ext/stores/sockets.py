@@ -149,6 +149,15 @@ def after(buffers: Sequence[Buffer], size: int) -> list[Buffer]:
     return []
 
 
+def is_paced(sock: socket.socket) -> bool:
+    """Whether a TCP connection sends no faster than its congestion control (BBR) believes the link to be."""
+    try:
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    except OSError:  # not TCP
+        return False
+    return name.startswith(b"bbr")
+
+
 def round_trip_s(sock: socket.socket) -> float:
     """The shortest round trip that the kernel has seen on a TCP connection; 0 where it has seen none."""
     try:

@@ -18,7 +18,7 @@ from lmcache_ext.stores.pace import Floor
 from lmcache_ext.stores.resp import ErrorReply, Reply
 from lmcache_ext.stores.resp_parts import MAGIC, PART_BYTES, new_manifest
 from lmcache_ext.stores.resp_wire import AHEAD_BYTES, MAX_AHEAD_BYTES, Deadline, PacedDeadline, Wire
-from lmcache_ext.stores.sockets import SLACK_S, TimedSocket, round_trip_s
+from lmcache_ext.stores.sockets import SLACK_S, TimedSocket, is_paced, round_trip_s
 from tests.contracts.store_contract import Landing, key_of
 from tests.unit.test_redis_faults import opened, played
 
@@ -138,7 +138,7 @@ def test_the_kernel_tells_the_round_trip() -> None:
             assert 0 < round_trip_s(ours) < 1
 
 
-def test_of_a_near_server_no_more_is_asked_for_than_its_cache_holds() -> None:
+def test_of_a_near_server_little_is_asked_for_ahead() -> None:
     """Three parts, and one more for each that was received."""
     key = key_of("ahead")
     manifest = new_manifest(8 * PART_BYTES)
@@ -170,8 +170,9 @@ def test_of_a_near_server_no_more_is_asked_for_than_its_cache_holds() -> None:
     assert asked == [1, 2, 1, 1, 1, 1, 1, 0, 0]
 
 
-def test_to_a_near_server_no_more_is_sent_than_its_cache_holds() -> None:
+def test_on_a_paced_connection_little_is_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts, and one more for each that was answered."""
+    monkeypatch.setattr(resp_wire, "is_paced", lambda _: True)
     sent_ahead = []
 
     def play(sock: socket.socket) -> None:
@@ -203,6 +204,32 @@ def test_to_a_near_server_no_more_is_sent_than_its_cache_holds() -> None:
     ):
         store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
     assert sent_ahead == [3, 4, 5, 6, 7]
+
+
+def test_where_nothing_paces_more_is_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resp_wire, "is_paced", lambda _: False)
+
+    def play(sock: socket.socket) -> None:
+        left = 7 * PART_BYTES
+        while left > 0:
+            left -= len(sock.recv(65536))
+        sock.sendall(b"-ERR that is all\r\n" * 100)
+
+    with (
+        played(play) as address,
+        opened(f"redis://{address}", request_timeout_s=5.0) as store,
+        pytest.raises(StoreUnavailable, match="that is all"),
+    ):
+        store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
+
+
+def test_the_kernel_tells_what_paces_a_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as ours:
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        assert not is_paced(ours)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not is_paced(ours), "a Unix socket"
 
 
 @pytest.mark.parametrize("earlier_s", [5.0, 0.0501, 0.01])
