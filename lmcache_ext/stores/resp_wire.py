@@ -26,7 +26,8 @@ or three parts of an object. More than its congestion window (14 to 18 segments 
 the connection from then on, which halves the speed (benchmarks/RESULTS.md)."""
 
 SEND_AHEAD_BYTES = 2 * 1024**2
-"""Sent and not answered where nothing paces: a quarter faster than AHEAD_BYTES with objects of 4 MiB."""
+"""Sent and not answered where nothing paces: puts of 4 x 4 MiB to Redis are 5.1 to 5.6 GB/s with 1 to 2 MiB, 4.4 with
+AHEAD_BYTES."""
 
 MAX_AHEAD_BYTES = 4 * 1024**2
 """The same, of a server far away."""
