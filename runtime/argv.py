@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from lmcache_ext.config_urls import is_secret, mask_url
+from lmcache_ext.config_values import MASK
 from lmcache_ext.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, CONNECTOR_NAMES, LOAD_FAILURE_POLICY
 
 KV_FLAG = "--kv-transfer-config"
@@ -24,6 +26,10 @@ HELP = ("-h", "--help")
 # In KVTransferConfig until vLLM 0.31; still in everybody's YAML. None of them ever meant anything to LMCache.
 # (kv_port stayed: other connectors use it.)
 REMOVED_KV_FIELDS = frozenset({"kv_buffer_size", "kv_rank", "kv_parallel_size", "kv_ip"})
+
+# a key with its value, quoted or not, in what may not be JSON
+_PAIR = re.compile(r"""([\w.-]+["']?\s*:\s*)(?:"[^"]*"?|'[^']*'?|[^\s,{}"'\[\]]+)""")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']+")
 
 
 class UsageError(Exception):
@@ -191,10 +197,16 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{KV_FLAG} is not JSON: {error.msg} at column {error.colno} of {text!r}") from None
+        raise UsageError(f"{KV_FLAG} is not JSON: {error.msg} at column {error.colno} of {_masked(text)!r}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{KV_FLAG} must be a JSON object, got {text!r}")
+        raise UsageError(f"{KV_FLAG} must be a JSON object, got {_masked(text)!r}")
     return value
+
+
+def _masked(text: str) -> str:
+    """What may be JSON, without the passwords that may be in it: its reader is whoever reads the pod's log."""
+    masked = _PAIR.sub(lambda found: f"{found[1]}{MASK}" if is_secret(found[1]) else found[0], text)
+    return _URL.sub(lambda found: mask_url(found[0]), masked)
 
 
 def _set_dotted(config: dict[str, Any], path: str, text: str) -> None:

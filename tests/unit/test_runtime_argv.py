@@ -91,6 +91,24 @@ def test_bad_kv_transfer_config(argv, words):
         kv_of(*argv)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"kv_connector_extra_config": {"lmcache.extra_config": {"password": "hunter2", "x": 1}}',
+        '{"lmcache.remote_url": "redis://u:hunter2@h:6379"',
+        "{kv_connector: LMCacheConnectorV1, lmcache.password: hunter2}",
+        "{'sentinel_password': 'hunter2'}",
+        '["redis://:hunter2@h:6379"]',
+        '{"token": "hunter2',
+    ],
+)
+def test_bad_kv_transfer_config_is_shown_without_its_passwords(written):
+    with pytest.raises(UsageError, match="JSON") as refused:
+        take_kv_transfer(tokenize(["--kv-transfer-config", written], Notes()), Notes())
+    assert "hunter2" not in str(refused.value)
+    assert "***" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "LMCacheConnector", "LMCacheMPConnector"])
 def test_lmcache_names_are_wired_to_our_connector(name):
     wired = wire_connector({"kv_connector": name, "kv_role": "kv_consumer"}, ours=True)
