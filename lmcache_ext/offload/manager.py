@@ -134,7 +134,7 @@ class BoundedTieringManager(TieringOffloadingManager):
         self._maybe_process_finished_jobs()
         chunks = self.host.find(keys)
         missing = [key for key, chunk in zip(keys, chunks, strict=True) if chunk is None]
-        if not missing and min([chunk.ref_cnt for chunk in chunks if chunk is not None]) >= 0:
+        if not missing and min([chunk.ref_cnt for chunk in chunks if chunk is not None], default=0) >= 0:
             return len(keys)
         begun = bool(missing) and self._read_ahead(missing, req_context, keys)
         if begun and len(self._stored_tiers) == 1 and len(missing) == len(keys):

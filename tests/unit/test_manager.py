@@ -219,6 +219,10 @@ class TestPrefix:
         machine.manager.on_schedule_end(STEP)
         assert machine.manager.lookup_prefix([key(1), key(2)], machine.request("r")) == 1
 
+    def test_of_nothing_is_nothing(self, make):
+        machine = make()
+        assert machine.manager.lookup_prefix([], machine.request("r")) == 0
+
     def test_leaves_rows_to_others(self, make):
         machine = make()
         keys = [key(i) for i in range(NUM_ROWS)]
