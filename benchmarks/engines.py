@@ -67,6 +67,19 @@ class Engine:
         "cached": reused tokens, "logprobs": [...]}"""
         return self._call({"ask": list(tokens), "max_tokens": max_tokens})
 
+    def begin(self, tokens: Sequence[int], *, max_tokens: int) -> None:
+        """Put a request into decoding. Here and in `steps` only for an engine that is stepped in its own process."""
+        self._call({"begin": list(tokens), "max_tokens": max_tokens})
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each of so many steps, each of them of the scheduler and the model, without the frontend."""
+        seconds: list[float] = self._call({"steps": count})["seconds"]
+        return seconds
+
+    def connect(self, on: bool) -> None:
+        """Put the engine's connector in its place, or take it out, between two steps."""
+        self._call({"connect": on})
+
     def reset(self, *, connector: bool = False) -> None:
         """Empty vLLM's own prefix cache; with `connector`, our host memory too (far tiers keep theirs)."""
         self._call({"reset": connector})
@@ -108,9 +121,16 @@ def _execute(llm: Any, command: dict[str, Any]) -> object:
         return {"done": llm.reset_prefix_cache(reset_connector=command["reset"])}
     if "metrics" in command:
         return _metrics(llm)
+    if "connect" in command:
+        return {"connected": _connect(llm.llm_engine.engine_core.engine_core, command["connect"])}
+    if "steps" in command:
+        return {"seconds": [_step(llm.llm_engine) for _ in range(command["steps"])]}
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=command["max_tokens"], logprobs=5, ignore_eos=True)
+    if "begin" in command:
+        llm.llm_engine.add_request("decoding", {"prompt_token_ids": command["begin"]}, sampling)
+        return {"begun": True}
     begin = time.perf_counter()
     (output,) = llm.generate([{"prompt_token_ids": command["ask"]}], sampling, use_tqdm=False)
     seconds = time.perf_counter() - begin
@@ -123,6 +143,44 @@ def _execute(llm: Any, command: dict[str, Any]) -> object:
         "cached": output.num_cached_tokens,
         "logprobs": [sorted((token, entry.logprob) for token, entry in step.items()) for step in steps],
     }
+
+
+def _step(engine: Any) -> float:
+    """One step of the engine's core in this process, and what the frontend makes of it; seconds of the former."""
+    core = engine.engine_core
+    begin = time.perf_counter()
+    outputs = core.get_output()
+    seconds = time.perf_counter() - begin
+    engine.output_processor.process_outputs(outputs.outputs, engine_core_timestamp=outputs.timestamp)
+    return seconds
+
+
+_Parts = tuple[Any, Any]
+_out: dict[str, _Parts] = {}
+
+
+def _connect(core: Any, on: bool) -> bool:
+    """Put the connector in place or take it out, with all that vLLM does for it; whether one is in place."""
+    assert core.batch_queue is None, "a step is under way between two steps"
+    scheduler, executor = core.scheduler, core.model_executor
+    if on and _out:
+        scheduler.connector, executor.kv_output_aggregator = _out.pop("parts")
+        executor.collective_rpc(_attach, args=(True,))
+    elif not on and scheduler.connector is not None:
+        _out["parts"] = scheduler.connector, executor.kv_output_aggregator
+        scheduler.connector = executor.kv_output_aggregator = None
+        executor.collective_rpc(_attach, args=(False,))
+    return scheduler.connector is not None
+
+
+def _attach(worker: Any, on: bool) -> None:
+    """In the worker's process."""
+    from vllm.distributed.kv_transfer import kv_transfer_state as state
+
+    if on:
+        state._KV_CONNECTOR_AGENT = worker.connector_out
+    else:
+        worker.connector_out, state._KV_CONNECTOR_AGENT = state._KV_CONNECTOR_AGENT, None
 
 
 def _metrics(llm: Any) -> dict[str, float]:
