@@ -83,13 +83,15 @@ class ReadAhead:
         loan, refused = question, []
         loan.found = list(found)
         num_wanted = min(loan.found.index(False) if False in loan.found else len(loan.found), len(loan.rows))
-        with self._lock:
-            if num_wanted and not self._closed:
-                refused = self._submit(chunks, loan, num_wanted)
+        try:
+            with self._lock:
+                if num_wanted and not self._closed:
+                    refused = self._submit(chunks, loan, num_wanted)
+        finally:
+            if not loan.num_read:
+                self._give_back(loan)
         for part in refused:
             self._end(loan, part, ())
-        if not loan.num_read:
-            self._give_back(loan)
 
     def take(self) -> list[Loan]:
         """Those that are back."""
@@ -113,6 +115,7 @@ class ReadAhead:
         """Queue reads; returns those that the pool refused."""
         per_task = 1 if chunks.decodes else self._per_task  # one is decoded while the next arrives
         parts = [slice(begin, min(begin + per_task, num_wanted)) for begin in range(0, num_wanted, per_task)]
+        views = [self._views(loan.rows[part]) for part in parts]
         now = time.monotonic()
         loan.num_read, loan.tasks_left, loan.seconds, loan.due = (
             num_wanted,
@@ -122,8 +125,8 @@ class ReadAhead:
         )
         return [
             part
-            for part in parts
-            if not self._pool.submit(self._read, chunks, loan, part, self._views(loan.rows[part]), urgent=True)
+            for part, rows in zip(parts, views, strict=True)
+            if not self._pool.submit(self._read, chunks, loan, part, rows, urgent=True)
         ]
 
     def _read(self, chunks: ChunkIO, loan: Loan, part: slice, rows: list[memoryview]) -> None:

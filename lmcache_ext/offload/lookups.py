@@ -156,11 +156,16 @@ class Lookups:
         leave_compute_cores()
         while (questions := self._sent.get()) is not None:
             try:
-                found = [self._look(question) for question in questions]
-            except Exception:  # the top of this thread: it lives, and everybody gets an answer
-                logger.exception("Lookups of %d requests failed", len(questions))
-                found = [[False] * len(question.keys) for question in questions]
-            self._deliver(list(zip(questions, found, strict=True)))
+                self._deliver(list(zip(questions, self._look_at(questions), strict=True)))
+            except Exception:  # the top of this thread: it lives, and who waits for these gives up by itself
+                logger.exception("The answers to %d lookups were lost", len(questions))
+
+    def _look_at(self, questions: Sequence[Question]) -> list[Sequence[bool]]:
+        try:
+            return [self._look(question) for question in questions]
+        except Exception:  # whatever a store's own thread may have raised: everybody gets an answer
+            logger.exception("Lookups of %d requests failed", len(questions))
+            return [[False] * len(question.keys) for question in questions]
 
     def _deliver(self, answers: list[_Answer]) -> None:
         """To who asked, or first to who reads what is there."""

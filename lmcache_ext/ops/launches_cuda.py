@@ -94,13 +94,14 @@ class Launches:
         self._stream = driver.Stream()
         self._submitted: dict[int, Sequence[Part]] = {}
         self._running: deque[_Launch] = deque()
+        self._told: set[str] = set()
 
     def submit(self, job_id: int, parts: Iterable[Part]) -> None:
         """Take a copy into the next launch; one whose `parts` raise ValueError or IndexError has failed."""
         try:
             self._submitted[job_id] = tuple(parts)
         except (ValueError, IndexError):
-            logger.exception("A copy of KV pages was refused")
+            self._tell("A copy of KV pages was refused")
             self._running.append(_Launch({job_id: None}, self._driver.Event(True), self._driver.Event(True)))
 
     def begin(self) -> None:
@@ -115,7 +116,7 @@ class Launches:
             launch.copied = self._enqueue(jobs)
             launch.end.record(self._stream)
         except RuntimeError:
-            logger.exception("The GPU takes no work: %d copies of KV pages failed", len(jobs))
+            self._tell("The GPU takes no work: %d copies of KV pages failed", len(jobs))
             launch.fail()
         self._running.append(launch)
 
@@ -126,7 +127,7 @@ class Launches:
     def finished(self) -> list[Finished]:
         """Copies that are over and were not returned yet, launch after launch; never waits."""
         over: list[Finished] = []
-        while self._running and (seconds := _seconds(self._running[0])) is not None:
+        while self._running and (seconds := self._seconds(self._running[0])) is not None:
             copied = self._running.popleft().copied
             total = sum(num_bytes or 0 for num_bytes in copied.values()) or 1
             over += [Finished(job_id, size, seconds * (size or 0) / total) for job_id, size in copied.items()]
@@ -140,20 +141,39 @@ class Launches:
                 try:
                     launch.end.synchronize()
                 except RuntimeError:
-                    logger.exception("The GPU failed while it copied KV pages")
+                    self._tell("The GPU failed while it copied KV pages")
                     launch.fail()
+
+    def _seconds(self, launch: _Launch) -> float | None:
+        """What it took, once it is over; None until then."""
+        try:
+            if not launch.end.query():
+                return None
+            if all(num_bytes is None for num_bytes in launch.copied.values()):
+                return 0.0  # its events may never have been recorded
+            return launch.begin.elapsed_time(launch.end) / 1e3
+        except RuntimeError:  # of whatever ran on this GPU last: it runs nothing any more
+            self._tell("The GPU failed while it copied KV pages")
+            launch.fail()
+            return 0.0
+
+    def _tell(self, message: str, *args: object) -> None:
+        """Once, with its traceback: what fails in one step may fail in every other, and each failure is counted."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.exception(message, *args)
 
     def _enqueue(self, jobs: Mapping[int, Sequence[Part]]) -> dict[int, int | None]:
         """One launch of all jobs for each table; where one of them is refused, of each job by itself."""
         try:
             return self._launch(jobs)
         except RuntimeError:
-            logger.exception("The launch of %d copies of KV pages failed", len(jobs))
+            self._tell("The launch of %d copies of KV pages failed", len(jobs))
         except ValueError:  # names a block or a row that is not there; nobody else's copy is lost to it
             if len(jobs) > 1:
                 alone = [self._enqueue({job_id: parts}) for job_id, parts in jobs.items()]
                 return {job_id: copied for each in alone for job_id, copied in each.items()}
-            logger.exception("A copy of KV pages was refused")
+            self._tell("A copy of KV pages was refused")
         return dict.fromkeys(jobs)
 
     def _launch(self, jobs: Mapping[int, Sequence[Part]]) -> dict[int, int | None]:
@@ -176,17 +196,3 @@ def _joined(parts: Sequence[Part]) -> Part:
         return parts[0]
     block_ids, offsets = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[1:])
     return Part(parts[0].table, block_ids, offsets)
-
-
-def _seconds(launch: _Launch) -> float | None:
-    """What it took, once it is over; None until then."""
-    try:
-        if not launch.end.query():
-            return None
-        if all(num_bytes is None for num_bytes in launch.copied.values()):
-            return 0.0  # its events may never have been recorded
-        return launch.begin.elapsed_time(launch.end) / 1e3
-    except RuntimeError:  # of whatever ran on this GPU last: it runs nothing any more
-        logger.exception("The GPU failed while it copied KV pages")
-        launch.fail()
-        return 0.0

@@ -12,6 +12,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from lmcache_ext.offload import metrics
 from lmcache_ext.serde.naive import NaiveSerde
 from lmcache_ext.stores.guard import Guarded
+from tests.servers import until
 from tests.unit.answers import await_answers
 from tests.unit.test_manager import NUM_ROWS, ROW_BYTES, Machine
 from tests.unit.test_tier import NAMESPACE, STEP, GatedStore, key
@@ -160,6 +161,19 @@ def test_that_breaks_is_a_miss(machine, monkeypatch):
     assert machine.find([key(1), key(2)], "r") == 0
     assert machine.lent() == 0
     assert machine.primary.room() == NUM_ROWS
+
+
+def test_that_cannot_begin_is_a_miss_and_not_the_last(machine, monkeypatch, caplog):
+    machine.write([key(1), key(2)])
+    machine.forget_host()
+    with monkeypatch.context() as broken:
+        broken.setattr(machine.bench.tier._ahead, "_views", lambda rows: 1 / 0)
+        assert machine.manager.lookup_prefix([key(1)], machine.request("lost")) is None
+        machine.step()
+        until(lambda: "The answers to 1 lookups were lost" in caplog.text, "said so")
+    machine.manager.reset_cache()  # waits for what was lent
+    assert machine.lent() == 0
+    assert machine.find([key(2)], "next") == 1
 
 
 def test_is_waited_for_by_a_reset(machine):

@@ -197,6 +197,18 @@ class TestFailure:
         launches._stream.run()
         assert launches.finished() == [Finished(1, None, 0.0)]
 
+    def test_of_every_launch_is_logged_once(self, scene, caplog):
+        def copy(part, stream):
+            raise RuntimeError("the launch failed with CUDA error 719")
+
+        launches = Launches(copy, scene.driver)
+        for job_id in (1, 2, 3):
+            launches.submit(job_id, [scene.part([3])])
+            launches.begin()
+        launches._stream.run()
+        assert launches.finished() == [Finished(job_id, None, 0.0) for job_id in (1, 2, 3)]
+        assert [record.message for record in caplog.records] == ["The launch of 1 copies of KV pages failed"]
+
     @pytest.mark.parametrize("when", ["before", "under way", "awaited"])
     def test_of_the_gpu_fails_every_job_and_raises_nothing(self, scene, when):
         scene.submit(1, 3)
