@@ -83,15 +83,17 @@ class JobPool:
         self._counters = {"done": 0, "failed": 0, "refused": 0, "discarded": 0}
 
     def submit(self, call: Callable[..., object], *args: Any, urgent: bool = False) -> bool:  # noqa: ANN401
-        """Queue a call; False where its queue is full or the pool closed: the caller counts a drop."""
+        """Queue a call; False where its queue is full, the pool closed or no thread can be had: a drop, for the caller
+        to count."""
         with self._changed:
             queue = self._urgent if urgent else self._bulk
             if self._closed or len(queue) >= self._max_queued:
                 self._counters["refused"] += 1
                 return False
+            if not self._has_thread():
+                self._counters["refused"] += 1
+                return False
             queue.append(_Job(call, args, urgent, time.monotonic() + self._patience.seconds))
-            if len(self._threads) < self._num_threads:
-                self._start_thread()
             self._changed.notify_all()
             return True
 
@@ -145,10 +147,18 @@ class JobPool:
     def _is_idle(self) -> bool:
         return not self._urgent and not self._bulk and self._running == 0
 
-    def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def _has_thread(self) -> bool:
+        """Start one more thread where that is allowed and possible; whether there is any."""
+        if len(self._threads) < self._num_threads:
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process or its container may have no more
+                self._say("thread", error)
+            else:
+                self._threads.append(thread)
+        return bool(self._threads)
 
     def _run(self) -> None:
         """Top of a thread."""
@@ -199,13 +209,14 @@ class JobPool:
             self._changed.notify_all()
 
     def _report(self, job: _Job, error: Exception) -> None:
-        what = getattr(job.call, "__qualname__", repr(job.call))
         with self._changed:
             self._counters["failed"] += 1
-            is_new = (what, type(error)) not in self._logged
+            self._say(f"job {getattr(job.call, '__qualname__', repr(job.call))}", error)
+
+    def _say(self, what: str, error: Exception) -> None:
+        if (what, type(error)) not in self._logged:
             self._logged.add((what, type(error)))
-        if is_new:
-            logger.error("%s: job %s failed; the same is only counted from now on", self._name, what, exc_info=error)
+            logger.error("%s: %s failed; the same is only counted from now on", self._name, what, exc_info=error)
 
     def _bind(self, cpus: set[int], *, bulk: bool) -> bool:
         """Move this thread to `cpus`; whether it counts as bound to those of bulk work."""

@@ -251,3 +251,33 @@ def test_many_submitters_lose_nothing() -> None:
 def test_a_pool_of_nothing_is_refused(num_threads: int, max_queued: int) -> None:
     with pytest.raises(ValueError, match="needs a thread and a queue"):
         JobPool(num_threads, max_queued=max_queued)
+
+
+def test_a_pool_that_gets_no_thread_refuses_and_tries_again(pool, monkeypatch, caplog):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    done = threading.Event()
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start)
+        assert not pool.submit(done.set)
+        assert not pool.submit(done.set)
+    assert pool.counters()["refused"] == 2
+    assert len(caplog.records) == 1
+    assert pool.submit(done.set)
+    assert done.wait(WAIT_S)
+
+
+def test_a_pool_that_gets_no_more_threads_does_with_those_it_has(monkeypatch):
+    pool = JobPool(2, max_queued=4, name="test")
+    blocker, done = occupy(pool), threading.Event()
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start)
+        assert pool.submit(done.set)
+    blocker.released.set()
+    assert done.wait(WAIT_S)
+    assert pool.close(WAIT_S)
