@@ -188,7 +188,7 @@ class BoundedTieringManager(TieringOffloadingManager):
         if not tier.would_read_ahead(keys, req_context):
             return False
         num_rows = min(len(keys), self._max_promotions)
-        rows = self.host.lend(num_rows, req_context, prefix, may_evict=not self.frozen)
+        rows = self.host.lend(num_rows, req_context, prefix, may_evict=not self._stores_nothing_of(req_context))
         if rows:
             tier.read_ahead(keys, rows, req_context)
         return bool(rows)
@@ -268,9 +268,12 @@ class BoundedTieringManager(TieringOffloadingManager):
             if keeps and self._should_store_to_tier(tier, len(keys)):
                 tier.submit_store(self.create_store_job(keys, job.req_context, index))
 
+    def _stores_nothing_of(self, req_context: ReqContext) -> bool:
+        return self.frozen or _skips_save(req_context)
+
     @override
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        if self.frozen or _skips_save(req_context):  # as if all were there: None would be a failure, and tried again
+        if self._stores_nothing_of(req_context):  # as if all were there: None would be a failure, and tried again
             return PrepareStoreOutput([], self.primary_tier._get_load_store_spec([], []), [])
         return super().prepare_store(keys, req_context)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from vllm.v1.kv_offload.base import ReqContext
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_ext.offload import metrics
@@ -199,6 +200,18 @@ def test_evicts_nothing_for_an_engine_that_stores_nothing(machine):
     machine.write(kept)
     machine.manager.frozen = True
     assert machine.find([key(90)], "r") == 0
+    assert None not in machine.primary.find(kept)
+
+
+def test_evicts_nothing_for_a_request_of_which_nothing_is_stored(machine):
+    kept = [key(i) for i in range(NUM_ROWS)]
+    machine.write(kept)
+    req = ReqContext("secret", kv_transfer_params={"lmcache.skip_save": True})
+    machine.manager.on_new_request(req)
+    assert machine.manager.lookup_prefix([key(90)], req) is None
+    machine.step()
+    await_answers(machine.bench.tier)
+    assert machine.manager.lookup_prefix([key(90)], req) == 0
     assert None not in machine.primary.find(kept)
 
 
