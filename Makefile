@@ -29,6 +29,7 @@ e2e: setup  ## tests that start real engines, or wait for servers to fail over
 bench: setup  ## each benchmark prints its baseline next to it
 	$(PY) benchmarks/copy_pages.py
 	$(PY) benchmarks/ttft.py
+	$(PY) benchmarks/decode.py
 	$(PY) benchmarks/serde.py
 	$(PY) benchmarks/serde_links.py
 
