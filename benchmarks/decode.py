@@ -1,6 +1,6 @@
 """What the cache adds to a decode step when it has nothing to do: one engine, with its connector and without, by turns.
 
-Run: ``python benchmarks/decode.py [--layers 4 16 --rounds 300 --tokens 3940 --core 0 --out benchmarks/results]``.
+Run: ``python benchmarks/decode.py [--layers 4 16 --repeats 4 --rounds 200 --tokens 3940 --out benchmarks/results]``.
 
 Two engines of one kind differ by 2 % for as long as they live, which is more than there is to be seen. So each engine
 is compared with itself: it has one request in decoding, and makes STEPS steps of it with the connector in place and as
@@ -8,8 +8,10 @@ many without (in the scheduler, in the worker and in what joins the workers' out
 round. The first WARM of them are left out, and the median of the others counts: a step in which somebody else had the
 core is not seen, nor is what the cache does once in a second. What vLLM does for any connector counts, too; what other
 threads do does not, for they do it at any time. An engine that never had a connector is taken through the same, for the
-noise. Engines are stepped in the process that times them (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), from the scheduler's
-decision to its update; workers are processes as ever. What there is to store was stored before.
+noise. All engines are started anew for each of `--repeats`, whose rounds are counted together.
+
+Engines are stepped in the process that times them (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), from the scheduler's decision
+to its update; workers are processes as ever. What there is to store was stored before.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def measure(engines: dict[str, Engine], tokens: int, num_rounds: int) -> dict[st
     return rows
 
 
-def run(layers: int, options: argparse.Namespace) -> dict[str, object]:
+def measure_new(layers: int, options: argparse.Namespace) -> dict[str, Rows]:
+    """Of engines that are started for it."""
     shared = {"layers": layers, "core": options.core}
     shared["max_model_len"] = options.tokens + 2 * STEPS * (options.rounds + 2)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -78,9 +81,18 @@ def run(layers: int, options: argparse.Namespace) -> dict[str, object]:
         engines = {kind: stack.enter_context(engine) for kind, engine in started.items()}
         for engine in engines.values():
             stack.callback(engine.hang_up)
-        rows = measure(engines, options.tokens, options.rounds)
+        return measure(engines, options.tokens, options.rounds)
+
+
+def run(layers: int, options: argparse.Namespace) -> dict[str, object]:
+    rows: dict[str, Rows] = {kind: {"with": [], "without": []} for kind in ENGINES}
+    for _ in range(options.repeats):
+        for kind, sides in measure_new(layers, options).items():
+            for side, seconds in sides.items():
+                rows[kind][side] += seconds
     step_ms = statistics.median(rows["none"]["without"]) * 1e3
-    print(f"\n{layers} layers, a step of {step_ms:.2f} ms, {options.rounds} rounds of {STEPS - WARM} steps")
+    num_rounds = options.repeats * options.rounds
+    print(f"\n{layers} layers, a step of {step_ms:.2f} ms, {num_rounds} rounds of {STEPS - WARM} steps")
     ratios = {}
     for kind, label in ENGINES.items():
         ours, alone = rows[kind]["with"], rows[kind]["without"]
@@ -95,7 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=3940)
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
