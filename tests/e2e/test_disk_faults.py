@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 
 TOKENS = 4 * CHUNK + 100
 MIB = 1 << 20
+FILLER, FILLER_TOKENS = 900, 4000
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def server(mount):
         "LMCACHE_MAX_LOCAL_DISK_SIZE": "1",
     }
     with cache_server(mount / "kv", gpu_blocks=40, cache=cache) as running:
-        forget(running)
-        running.wait_for(lambda: len(chunk_files(mount / "kv")) == 45, 30, "write the fillers' chunks")
+        for num_fillers in (1, 2, 3):  # one by one: of what comes faster than it is written, some is dropped
+            fill(running, mount / "kv", num_fillers)
         yield running
 
 
@@ -56,9 +57,16 @@ def compute(server: Server, directory: Path, seed: int) -> tuple[list[dict[str, 
     return logprobs(cold), sorted(set(chunk_files(directory)) - before)
 
 
+def fill(server: Server, directory: Path, num_fillers: int) -> None:
+    """Compute the last of so many prompts that `forget` asks for, and wait for its chunks."""
+    evict(server, FILLER + num_fillers - 1, prompts=1, num_tokens=FILLER_TOKENS)
+    num_files = num_fillers * (FILLER_TOKENS // CHUNK)
+    server.wait_for(lambda: len(chunk_files(directory)) == num_files, 30, "write the filler's chunks")
+
+
 def forget(server: Server) -> None:
     """Push every other prefix out of the GPU pool and of the staging rows."""
-    evict(server, prompts=3)
+    evict(server, FILLER, prompts=3, num_tokens=FILLER_TOKENS)
 
 
 def flip(path: Path, offset: int) -> None:
