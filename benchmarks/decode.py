@@ -5,10 +5,11 @@ Run: ``python benchmarks/decode.py [--layers 4 16 --repeats 4 --rounds 200 --tok
 Two engines of one kind differ by 2 % for as long as they live, which is more than there is to be seen. So each engine
 is compared with itself: it has one request in decoding, and makes STEPS steps of it with the connector in place and as
 many without (in the scheduler, in the worker and in what joins the workers' outputs), in an order drawn anew each
-round. The first WARM of them are left out, and the median of the others counts: a step in which somebody else had the
-core is not seen, nor is what the cache does once in a second. What vLLM does for any connector counts, too; what other
-threads do does not, for they do it at any time. An engine that never had a connector is taken through the same, for the
-noise. All engines are started anew for each of `--repeats`, whose rounds are counted together.
+round, for who comes first is 5 % slower. The first WARM of them are left out, and the median of the others counts: a
+step in which somebody else had the core is not seen, nor is what the cache does once in a second. What vLLM does for
+any connector counts, too; what other threads do does not, for they do it at any time. An engine that never had a
+connector is taken through the same, for the noise. All engines are started anew for each of `--repeats`, whose rounds
+are counted together.
 
 Engines are stepped in the process that times them (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), from the scheduler's decision
 to its update; workers are processes as ever. What there is to store was stored before.
@@ -31,13 +32,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engines import CONNECTOR, DTYPE, Engine
-from benchmarks.paired import ratio, rounds
+from benchmarks.paired import balanced_ratio, rounds
 from benchmarks.ttft import CHUNK, SETTLE_S, prompt
 from examples.tiny_model import build
 
 STEPS, WARM = 12, 2
 ENGINES = {"none": "(noise) no cache", "host": "host memory", "disk": "host memory and disk"}
 Rows = dict[str, list[float]]
+"""Seconds of a step "with" and "without" in each round, and whether "with" came "first" (1 or 0)."""
+
+
+def no_rows() -> dict[str, Rows]:
+    return {kind: {"with": [], "without": [], "first": []} for kind in ENGINES}
 
 
 def start(kind: str, directory: Path, *, layers: int, core: int, max_model_len: int) -> Engine:
@@ -54,7 +60,7 @@ def start(kind: str, directory: Path, *, layers: int, core: int, max_model_len: 
 
 
 def measure(engines: dict[str, Engine], tokens: int, num_rounds: int) -> dict[str, Rows]:
-    """Of each engine, with and without its connector, the seconds of a step in each round."""
+    """Of each engine, in each round."""
     asked = prompt(1, tokens)
     for engine in engines.values():
         engine.ask(asked)
@@ -62,11 +68,13 @@ def measure(engines: dict[str, Engine], tokens: int, num_rounds: int) -> dict[st
         time.sleep(SETTLE_S)
         engine.begin(asked, max_tokens=2 * STEPS * (num_rounds + 1))
         engine.steps(2 * STEPS)
-    rows: dict[str, Rows] = {kind: {"with": [], "without": []} for kind in engines}
-    order = random.Random(5)
+    rows = no_rows()
+    order = random.Random()  # another one for each set of engines
     for _, kinds in rounds(list(engines), num_rounds, seed=4):
         for kind in kinds:
-            for side in order.sample(["with", "without"], 2):
+            sides = order.sample(["with", "without"], 2)
+            rows[kind]["first"].append(float(sides[0] == "with"))
+            for side in sides:
                 engines[kind].connect(side == "with")
                 rows[kind][side].append(statistics.median(engines[kind].steps(STEPS)[WARM:]))
     return rows
@@ -85,19 +93,23 @@ def measure_new(layers: int, options: argparse.Namespace) -> dict[str, Rows]:
 
 
 def run(layers: int, options: argparse.Namespace) -> dict[str, object]:
-    rows: dict[str, Rows] = {kind: {"with": [], "without": []} for kind in ENGINES}
+    rows = no_rows()
     for _ in range(options.repeats):
-        for kind, sides in measure_new(layers, options).items():
-            for side, seconds in sides.items():
-                rows[kind][side] += seconds
+        for kind, new in measure_new(layers, options).items():
+            for column, values in new.items():
+                rows[kind][column] += values
+    return summary(layers, rows)
+
+
+def summary(layers: int, rows: dict[str, Rows]) -> dict[str, object]:
     step_ms = statistics.median(rows["none"]["without"]) * 1e3
-    num_rounds = options.repeats * options.rounds
+    num_rounds = len(rows["none"]["with"])
     print(f"\n{layers} layers, a step of {step_ms:.2f} ms, {num_rounds} rounds of {STEPS - WARM} steps")
     ratios = {}
     for kind, label in ENGINES.items():
-        ours, alone = rows[kind]["with"], rows[kind]["without"]
-        found = ratio(ours, alone)
-        added_s = statistics.median(a - b for a, b in zip(ours, alone, strict=True))
+        alone = rows[kind]["without"]
+        found = balanced_ratio(rows[kind]["with"], alone, [bool(first) for first in rows[kind]["first"]])
+        added_s = (found.median - 1) * statistics.median(alone)
         print(f"{label:24} {found.overhead}  {added_s * 1e6:+.0f} us", flush=True)
         ratios[label] = {**found._asdict(), "added_s": added_s}
     return {"step_ms": step_ms, "ratios": ratios, "seconds": rows}
