@@ -78,20 +78,21 @@ class ReadAhead:
         self._num_lent += 1
 
     def begin(self, chunks: ChunkIO, question: Question, found: Sequence[bool]) -> None:
-        """Read the chunks up to the first that is not there: nobody needs what is behind it."""
+        """Read the chunks up to the first that is not there: nobody needs what is behind it.
+
+        Where this raises nothing was begun, and it is to be called again with nothing found.
+        """
         assert isinstance(question, Loan)
         loan, refused = question, []
         loan.found = list(found)
         num_wanted = min(loan.found.index(False) if False in loan.found else len(loan.found), len(loan.rows))
-        try:
-            with self._lock:
-                if num_wanted and not self._closed:
-                    refused = self._submit(chunks, loan, num_wanted)
-        finally:
-            if not loan.num_read:
-                self._give_back(loan)
+        with self._lock:
+            if num_wanted and not self._closed:
+                refused = self._submit(chunks, loan, num_wanted)
         for part in refused:
             self._end(loan, part, ())
+        if not loan.num_read:
+            self._give_back(loan)
 
     def take(self) -> list[Loan]:
         """Those that are back."""

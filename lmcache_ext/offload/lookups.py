@@ -155,27 +155,23 @@ class Lookups:
         """Top of a thread."""
         leave_compute_cores()
         while (questions := self._sent.get()) is not None:
-            try:
-                self._deliver(list(zip(questions, self._look_at(questions), strict=True)))
-            except Exception:  # the top of this thread: it lives, and who waits for these gives up by itself
-                logger.exception("The answers to %d lookups were lost", len(questions))
+            answers: list[_Answer] = []
+            for question in questions:
+                try:
+                    self._answer(question, self._look(question), answers)
+                except Exception:  # the top of this thread: it lives, and everybody gets an answer
+                    logger.exception("A lookup of %d chunks failed", len(question.keys))
+                    self._answer(question, [False] * len(question.keys), answers)
+            self._arrived.put(answers)
+            if answers:
+                self._answered()
 
-    def _look_at(self, questions: Sequence[Question]) -> list[Sequence[bool]]:
-        try:
-            return [self._look(question) for question in questions]
-        except Exception:  # whatever a store's own thread may have raised: everybody gets an answer
-            logger.exception("Lookups of %d requests failed", len(questions))
-            return [[False] * len(question.keys) for question in questions]
-
-    def _deliver(self, answers: list[_Answer]) -> None:
+    def _answer(self, question: Question, found: Sequence[bool], answers: list[_Answer]) -> None:
         """To who asked, or first to who reads what is there."""
-        plain = [answer for answer in answers if not answer[0].rows]
-        for question, found in answers:
-            if question.rows:
-                self._begin(self._chunks, question, found)
-        self._arrived.put(plain)
-        if plain:
-            self._answered()
+        if question.rows:
+            self._begin(self._chunks, question, found)
+        else:
+            answers.append((question, found))
 
     def _look(self, question: Question) -> Sequence[bool]:
         adapter = adapter_of(question.req_context)

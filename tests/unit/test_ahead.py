@@ -171,7 +171,7 @@ def test_that_cannot_begin_is_a_miss_and_not_the_last(machine, monkeypatch, capl
         broken.setattr(machine.bench.tier._ahead, "_views", lambda rows: 1 / 0)
         assert machine.manager.lookup_prefix([key(1)], machine.request("lost")) is None
         machine.step()
-        until(lambda: "The answers to 1 lookups were lost" in caplog.text, "said so")
+        until(lambda: "A lookup of 1 chunks failed" in caplog.text, "said so")
     machine.manager.reset_cache()  # waits for what was lent
     assert machine.lent() == 0
     assert machine.find([key(2)], "next") == 1

@@ -219,7 +219,7 @@ class TestLookup:
             broken.setattr(bench.tier._backing.chunks, "present", lambda keys: 1 / 0)
             assert bench.look(key(0)) is LookupResult.MISS
         bench.tier.on_request_finished(context())
-        assert "Lookups of 1 requests failed" in caplog.text
+        assert "A lookup of 1 chunks failed" in caplog.text
         assert bench.look(key(0)) is LookupResult.HIT
 
 
