@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -170,6 +170,16 @@ def test_of_a_near_server_little_is_asked_for_ahead() -> None:
     assert asked == [1, 2, 1, 1, 1, 1, 1, 0, 0]
 
 
+def put_parts_until_refused(play: Callable[[socket.socket], None]) -> None:
+    """Put an object of eight parts to a server that says in the end "that is all"."""
+    with (
+        played(play) as address,
+        opened(f"redis://{address}", request_timeout_s=5.0) as store,
+        pytest.raises(StoreUnavailable, match="that is all"),
+    ):
+        store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
+
+
 def test_on_a_paced_connection_little_is_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts, and one more for each that was answered."""
     monkeypatch.setattr(resp_wire, "is_paced", lambda _: True)
@@ -197,12 +207,7 @@ def test_on_a_paced_connection_little_is_sent_ahead(monkeypatch: pytest.MonkeyPa
             await_part(part)
         sock.sendall(b"-ERR that is all\r\n" * 100)
 
-    with (
-        played(play) as address,
-        opened(f"redis://{address}", request_timeout_s=5.0) as store,
-        pytest.raises(StoreUnavailable, match="that is all"),
-    ):
-        store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
+    put_parts_until_refused(play)
     assert sent_ahead == [3, 4, 5, 6, 7]
 
 
@@ -215,12 +220,7 @@ def test_where_nothing_paces_more_is_sent_ahead(monkeypatch: pytest.MonkeyPatch)
             left -= len(sock.recv(65536))
         sock.sendall(b"-ERR that is all\r\n" * 100)
 
-    with (
-        played(play) as address,
-        opened(f"redis://{address}", request_timeout_s=5.0) as store,
-        pytest.raises(StoreUnavailable, match="that is all"),
-    ):
-        store.put(key_of("ahead"), [memoryview(bytes(8 * PART_BYTES))])
+    put_parts_until_refused(play)
 
 
 def test_the_kernel_tells_what_paces_a_connection() -> None:
